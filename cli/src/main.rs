@@ -55,7 +55,7 @@ use args::{Args, Command, FirecrackerArgs, RestoreArgs, RunArgs};
 use confine::Confinement;
 use image::QemuImgArgs;
 use message::say;
-use migrate::MigrateArgs;
+use migrate::{MigrateArgs, Received};
 use run::{Foreground, Origin};
 
 fn main() -> ExitCode {
@@ -187,13 +187,22 @@ fn receive(args: &MigrateArgs, address: &MigrationAddress) -> ExitCode {
     let mut meaning = ExitStatus::default();
     log::to_stderr(LevelFilter::WARN);
     let ended = (|| {
-        let (arrival, config) = migrate::receive(args, address)?;
+        let (arrival, config) = match migrate::receive(args, address)? {
+            Received::Machine(arrival, config) => (arrival, *config),
+            Received::Named(machine) => {
+                named::print(&format!("machine '{}' has arrived\n", machine.name()))?;
+                return Ok(0);
+            }
+        };
         meaning = config.exit_status;
         let files = args.control.is_none().then(Files::none);
         Confinement::of_machine(&config, files).enter()?;
         message::start()?;
         let owner = Foreground(config.on_reboot);
-        let origin = Origin::Arrival(Box::new(arrival));
+        let origin = Origin::Arrival {
+            arrival,
+            settle: Box::new(|| Ok(())),
+        };
         run::run(&config, origin, args.control.as_deref(), &owner)
     })();
     status_of_machine(ended, meaning)

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use bantam_manager::{Definition, Machine, MachineName, Manager, Removal};
 use bantam_vmm::config::{MachineConfig, ShutdownTimeout};
 use bantam_vmm::{
     Answer, Arrival, AtTimeout, Command, Controller, ListeningSocket, Migrated, MigrationAddress,
@@ -22,7 +23,11 @@ use clap::{ValueEnum, value_parser};
 use crate::args::EndArgs;
 use crate::control::{Output, connect};
 use crate::message::say;
+use crate::named::running_machine;
 use progress::ProgressLine;
+
+/// How long the process of a machine that has moved may take to end.
+const END_TIME: Duration = Duration::from_secs(30);
 
 // The options of `bantam migrate`.
 #[derive(Debug, clap::Args)]
@@ -79,6 +84,10 @@ pub struct MigrateArgs {
     #[arg(long, conflicts_with_all = ["destination", "cancel", "take_back"])]
     pub progress: bool,
 
+    /// Undefine the machine here when it has moved, if it has a name. Its disks stay
+    #[arg(long, requires = "destination", conflicts_with = "dry_run")]
+    pub undefine_source: bool,
+
     /// End the migration that is under way; the machine goes on where it is
     #[arg(long, conflicts_with_all = ["destination", "take_back"])]
     pub cancel: bool,
@@ -93,8 +102,17 @@ pub struct MigrateArgs {
     #[command(flatten)]
     pub ends: EndArgs,
 
-    /// Unix socket by which other programs control the machine that is received, as for bantam run
-    #[arg(long, value_name = "PATH", requires = "receive")]
+    /// What the machine that is received is called here; the name that it has at the source by default, if it has one
+    #[arg(long, value_name = "NAME", requires = "receive")]
+    pub name: Option<MachineName>,
+
+    /// Run the machine that is received in this process, even if it has a name, with this socket for other programs to control it
+    #[arg(
+        long,
+        value_name = "PATH",
+        requires = "receive",
+        conflicts_with = "name"
+    )]
     pub control: Option<PathBuf>,
 
     /// How the answer is printed
@@ -140,6 +158,15 @@ pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
         client.execute(Command::TakeBack)?;
         return Ok(());
     }
+    let named = running_machine(machine);
+    if args.undefine_source {
+        let named = named
+            .as_ref()
+            .context("only a named machine can be undefined")?;
+        named.require_removable_after_move()?;
+    }
+    let definition = named.as_ref().map(Machine::definition).transpose()?;
+    let note = definition.map(|it| it.to_text()).transpose()?;
     let destination = args.destination.clone();
     let order = MigrationOrder {
         destination: destination.context("no destination is named")?,
@@ -153,6 +180,7 @@ pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
                 TimeoutAction::Stop => AtTimeout::Stop,
             },
             max_throttle: args.max_throttle,
+            note,
         },
     };
     client.set_answer_time(Duration::MAX);
@@ -166,7 +194,17 @@ pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
         (Output::Human, Answer::Done) => "the machine could run there".to_owned(),
         (Output::Json, Answer::Done) => serde_json::to_string(&answer)?,
         _ => bail!("the machine gives another answer than that of a migration"),
-    })
+    })?;
+    if let Some(named) = named.filter(|_| args.undefine_source) {
+        if !named.wait_until_shut_off(Some(END_TIME))? {
+            bail!(
+                "the machine has moved, but its process here does not end, so it was not undefined"
+            );
+        }
+        let undefined = Manager::of_user()?.undefine(&named, Removal::default());
+        undefined.context("the machine has moved, but was not undefined here")?;
+    }
+    Ok(())
 }
 
 fn print(text: &str) -> anyhow::Result<()> {
@@ -187,12 +225,17 @@ fn describe(migrated: &Migrated) -> String {
     )
 }
 
-/// Waits for a machine at `address`, and returns it with its configuration at this end. Sources that only ask whether it
-/// could run here get their answers meanwhile.
-pub fn receive(
-    args: &MigrateArgs,
-    address: &MigrationAddress,
-) -> anyhow::Result<(Arrival, MachineConfig)> {
+/// A machine that was received.
+pub enum Received {
+    /// It is to be run by this process, with this configuration.
+    Machine(Box<Arrival>, Box<MachineConfig>),
+    /// It is here, as a named machine.
+    Named(Machine),
+}
+
+/// Waits for a machine at `address`, and makes it a named machine if it is one or is to have a name. Sources that only ask
+/// whether it could run here get their answers meanwhile.
+pub fn receive(args: &MigrateArgs, address: &MigrationAddress) -> anyhow::Result<Received> {
     if !args.insecure && !address.is_local() {
         bail!(
             "cannot receive a machine at '{address}': anyone who reaches it there could send one, and read its memory; \
@@ -204,20 +247,22 @@ pub fn receive(
         let stream = listener.accept();
         let stream = stream.with_context(|| format!("cannot listen on '{address}'"))?;
         let arrival = Arrival::new(MigrationConnection::new(stream)?)?;
-        let mut config = arrival.config().clone();
-        if let Err(error) = args.ends.apply(&mut config) {
-            let is_trial = arrival.is_trial();
-            arrival.refuse(&crate::reason(&error));
-            match is_trial {
-                true => continue,
-                false => return Err(error),
+        let place = match Place::of(args, &arrival) {
+            Ok(place) => place,
+            Err(error) => {
+                let is_trial = arrival.is_trial();
+                arrival.refuse(&crate::reason(&error));
+                match is_trial {
+                    true => continue,
+                    false => return Err(error),
+                }
             }
-        }
+        };
         if !arrival.is_trial() {
-            return Ok((arrival, config));
+            return place.take(arrival);
         }
         let controller = Controller::new()?;
-        let answered = match controller.configure(config) {
+        let answered = match controller.configure(place.config) {
             Ok(()) => arrival.answer_trial(&controller),
             Err(error) => {
                 arrival.refuse(&error.to_string());
@@ -226,6 +271,75 @@ pub fn receive(
         };
         if let Err(error) = answered {
             say(format_args!("a machine could not run here: {error}"));
+        }
+    }
+}
+
+/// What a machine that is offered is to be here.
+struct Place {
+    config: MachineConfig,
+    named: Option<NamedPlace>,
+}
+
+/// What a machine that is offered is to be among the named machines.
+struct NamedPlace {
+    name: MachineName,
+    definition: Option<Definition>,
+    /// What it is at its next start.
+    next: MachineConfig,
+}
+
+impl Place {
+    fn of(args: &MigrateArgs, arrival: &Arrival) -> anyhow::Result<Place> {
+        let mut config = arrival.config().clone();
+        args.ends.apply(&mut config)?;
+        if args.control.is_some() {
+            return Ok(Place {
+                config,
+                named: None,
+            });
+        }
+        let definition = arrival.note().map(Definition::parse).transpose()?;
+        let own_name = definition.as_ref().map(|it| &it.name);
+        let Some(name) = args.name.as_ref().or(own_name).cloned() else {
+            return Ok(Place {
+                config,
+                named: None,
+            });
+        };
+        Manager::of_user()?.require_free(&name)?;
+        let next = match &definition {
+            Some(definition) => {
+                let mut next = definition.config()?;
+                args.ends.apply(&mut next)?;
+                next
+            }
+            None => config.clone(),
+        };
+        let named = Some(NamedPlace {
+            name,
+            definition,
+            next,
+        });
+        Ok(Place { config, named })
+    }
+
+    fn take(self, arrival: Arrival) -> anyhow::Result<Received> {
+        let Some(named) = self.named else {
+            return Ok(Received::Machine(Box::new(arrival), Box::new(self.config)));
+        };
+        let expected = Manager::of_user()?.expect_arrival(
+            &named.name,
+            named.definition.as_ref(),
+            self.config,
+            &named.next,
+        );
+        match expected {
+            Ok(expected) => Ok(Received::Named(expected.receive(arrival)?)),
+            Err(error) => {
+                arrival.refuse(&error.to_string());
+                Err(error.into())
+            }
         }
     }
 }

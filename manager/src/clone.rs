@@ -168,8 +168,8 @@ impl Manager {
         finished
     }
 
-    /// Makes the folder of a machine that is copied, and keeps other commands from removing it.
-    fn begin(&self, name: &MachineName) -> Result<NewFolder, Error> {
+    /// Makes the folder of a machine that is copied or arrives, and keeps other commands from removing it.
+    pub(crate) fn begin(&self, name: &MachineName) -> Result<NewFolder, Error> {
         let _all = self.lock_all()?;
         if let Some(found) = self.find_folded(name)? {
             return Err(Error::Exists { found });
@@ -186,10 +186,7 @@ impl Manager {
         let path = folder.join(file::LOCK);
         let lock = lock::create(&path).map_err(Error::file("open", &path))?;
         lock::try_lock(&lock, lock::Purpose::Change).map_err(Error::file("lock", &path))?;
-        Ok(NewFolder {
-            folder,
-            _lock: lock,
-        })
+        Ok(NewFolder { folder, lock })
     }
 
     /// Returns the other machines that need an image in the folder of `machine`, or, if that is a template, one that it
@@ -297,11 +294,18 @@ impl Machine {
     }
 }
 
-/// The folder of a machine that is being copied.
-struct NewFolder {
+/// The folder of a machine that is being copied or arrives.
+pub(crate) struct NewFolder {
     folder: PathBuf,
     /// Says to other commands that somebody is at work.
-    _lock: File,
+    lock: File,
+}
+
+impl NewFolder {
+    /// Keeps the lock, without what is known of the folder.
+    pub(crate) fn into_change(self) -> Change {
+        Change::of(self.lock)
+    }
 }
 
 /// Has what the guest writes lead to sockets and files in `home`. Returns where each was, and where it is.

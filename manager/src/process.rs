@@ -49,21 +49,27 @@ impl MachineProcess {
         name: MachineName,
         origin: RunOrigin,
     ) -> Result<MachineProcess, Error> {
-        let machine = Machine::at(folders, name);
+        let machine = Machine::at(folders, name.clone());
+        let present = match origin {
+            RunOrigin::Migrated => Machine::arriving(folders, name),
+            _ => machine.clone(),
+        };
         let input = io::stdin();
         let input = std::os::fd::AsFd::as_fd(&input).try_clone_to_owned();
         let input = input.map_err(Error::io("use the lock of the machine"))?;
         // This is the same open file, so it is no change if the caller has the lock.
         let is_owner = lock::try_lock(&input.into(), Purpose::Life);
-        if !is_owner.unwrap_or(false) || !machine.is_active()? {
+        if !is_owner.unwrap_or(false) || !present.is_active()? {
             let reason = format!("start it by `bantam start {}`", machine.name());
             return Err(machine.refused("run", reason));
         }
         // It fails only for a process that has a session of its own already.
         let _ = setsid();
         let run = Run::new(origin);
-        let policy = machine.settings()?.restart;
-        machine.write_run(&run)?;
+        let policy = present.settings()?.restart;
+        if origin != RunOrigin::Migrated {
+            machine.write_run(&run)?;
+        }
         Ok(MachineProcess {
             machine,
             policy,
@@ -79,6 +85,11 @@ impl MachineProcess {
 
     /// Tells the command that waits for it that the guest runs. Only the first call does anything.
     pub fn say_running(&self) {
+        let run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
+        if run.origin == RunOrigin::Migrated {
+            self.write(&run);
+        }
+        drop(run);
         self.answer(format_args!("{RUNNING}"));
     }
 
@@ -118,7 +129,10 @@ impl MachineProcess {
     fn end(&self, reason: EndReason, detail: Option<String>) {
         let mut run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
         run.end = Some(RunEnd::now(reason, detail));
-        self.write(&run);
+        // One that has not arrived has no history.
+        if self.machine.exists() {
+            self.write(&run);
+        }
     }
 
     /// Notes that the machine is started again.
@@ -158,7 +172,11 @@ impl MachineProcess {
 
     /// Removes what only a running machine has. The lock goes with the process.
     pub fn leave(self) {
-        let runtime = self.machine.runtime();
+        let machine = &self.machine;
+        if !machine.exists() {
+            Machine::arriving(&machine.folders, machine.name().clone()).forget_arrival();
+        }
+        let runtime = machine.runtime();
         if let Err(error) = files::remove_folder(runtime) {
             tracing::warn!("cannot remove '{}': {error}", runtime.display());
         }

@@ -110,6 +110,7 @@ impl Machine {
             &change,
             &Launch {
                 from: Some((&directory, RunOrigin::Restored)),
+                ..Launch::default()
             },
         )
     }

@@ -357,6 +357,7 @@ impl Machine {
                 &change,
                 &Launch {
                     from: Some((&folder, RunOrigin::Reverted)),
+                    ..Launch::default()
                 },
             )?;
         }

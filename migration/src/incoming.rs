@@ -1,5 +1,7 @@
 //! The end that gets the machine.
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use bantam_memory::{GuestBuffers, GuestMemory, PAGE_SIZE};
@@ -43,6 +45,23 @@ impl Incoming {
     /// Returns what the machine was when it was offered.
     pub fn offer(&self) -> &StateFile {
         &self.offer
+    }
+
+    /// Returns the socket and the offer, for another process, which goes on with [`Incoming::handed_on`].
+    ///
+    /// # Errors
+    /// If the host is out of descriptors.
+    pub fn hand_on(self) -> io::Result<(OwnedFd, StateFile)> {
+        Ok((self.connection.into_descriptor()?, self.offer))
+    }
+
+    /// Goes on with a migration whose offer another process has received.
+    pub fn handed_on(connection: Connection, offer: StateFile) -> Incoming {
+        Incoming {
+            connection,
+            offer,
+            is_trial: false,
+        }
     }
 
     /// Returns whether the source only asks if this end would accept the machine.
@@ -269,6 +288,22 @@ mod tests {
                 .and_then(|mut incoming| incoming.receive(&memory()));
             prop_assert!(received.is_err());
         }
+    }
+
+    #[test]
+    fn another_process_goes_on_with_an_offer() {
+        let [source, receiver] = ends();
+        let receiving = thread::spawn(move || {
+            let (socket, offer) = Incoming::new(receiver).unwrap().hand_on().unwrap();
+            let mut incoming = Incoming::handed_on(Connection::new(socket).unwrap(), offer);
+            incoming.receive(&memory()).unwrap();
+            incoming.take_over().unwrap();
+            incoming.confirm();
+        });
+        let mut outgoing = Outgoing::offer(source, &state()).unwrap();
+        outgoing.send_state(&state()).unwrap();
+        assert!(matches!(outgoing.hand_over(true), HandOver::Done));
+        receiving.join().unwrap();
     }
 
     #[test]

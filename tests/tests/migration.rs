@@ -396,8 +396,8 @@ fn a_guest_that_writes_faster_than_it_is_copied_stays_or_stands_still() {
     let mut options = MigrationOptions {
         downtime: Duration::ZERO,
         timeout: Duration::from_millis(200),
-        at_timeout: AtTimeout::Cancel,
         max_throttle: 0,
+        ..MigrationOptions::default()
     };
     let attempt = |options: &MigrationOptions, number| {
         let (ours, near) = UnixStream::pair().expect("there are descriptors");

@@ -31,7 +31,7 @@ const HAND_OVER_TIME: Duration = Duration::from_millis(5);
 const PATIENT_ROUNDS: u32 = 2;
 
 /// How a machine is moved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct MigrationOptions {
     /// For how long the guest should stand still at most. It is an aim: how long the pages take that are left when the
@@ -45,6 +45,9 @@ pub struct MigrationOptions {
     /// How much of its time the machine may lose at most, in percent, if it writes to its memory faster than that can be
     /// copied. It is slowed down in steps. 0 lets it run as fast as it can; more than 99 is 99.
     pub max_throttle: u8,
+    /// What the owner of the machine tells its owner at the other end ([`Arrival::note`](crate::Arrival::note)).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// What is done with a machine that writes to its memory faster than that can be copied.
@@ -65,6 +68,7 @@ impl Default for MigrationOptions {
             timeout: Duration::from_secs(120),
             at_timeout: AtTimeout::Cancel,
             max_throttle: 99,
+            note: None,
         }
     }
 }
@@ -114,8 +118,9 @@ impl Controller {
         let _visible = Visible::new(self, &under_way);
         let runs = self.state() == State::Running;
         let parts = self.0.of_machine(ACTION, Parts::of)?;
-        let (offer, _) =
-            self.while_at_rest(false, || self.while_paused(ACTION, |it| self.describe(it)))?;
+        let (offer, _) = self.while_at_rest(false, || {
+            self.while_paused(ACTION, |it| self.describe(it, options.note.clone()))
+        })?;
         let mut outgoing = Outgoing::offer(connection, &offer)?;
         under_way.begin_copy(outgoing.counters());
         // Its log is dropped when the machine has been handed over, as that takes a while.
@@ -158,12 +163,17 @@ impl Controller {
     ///
     /// # Errors
     /// If the other end could not run it, or the connection fails.
-    pub fn try_migrate(&self, connection: Connection) -> Result<(), Error> {
+    pub fn try_migrate(
+        &self,
+        connection: Connection,
+        options: &MigrationOptions,
+    ) -> Result<(), Error> {
         let _one_at_a_time = lock(&self.0.snapshots);
         let under_way = Arc::new(UnderWay::new(connection.breaker()));
         let _visible = Visible::new(self, &under_way);
-        let (offer, _) =
-            self.while_at_rest(false, || self.while_paused(ACTION, |it| self.describe(it)))?;
+        let (offer, _) = self.while_at_rest(false, || {
+            self.while_paused(ACTION, |it| self.describe(it, options.note.clone()))
+        })?;
         Ok(Outgoing::try_offer(&connection, &offer)?)
     }
 
@@ -182,7 +192,9 @@ impl Controller {
         }
         let connection = order.destination.connect()?;
         match order.dry_run {
-            true => self.try_migrate(connection).map(|()| Answer::Done),
+            true => self
+                .try_migrate(connection, &order.options)
+                .map(|()| Answer::Done),
             false => self
                 .migrate(connection, &order.options)
                 .map(Answer::Migrated),
@@ -238,7 +250,7 @@ impl Controller {
         };
         under_way.begin_round(&pages);
         outgoing.send_pages(&parts.memory, &pages, zeroes)?;
-        let state = self.describe(parts)?;
+        let state = self.describe(parts, None)?;
         self.require_memory(&parts.memory)?;
         parts.devices.release_disks()?;
         outgoing.send_state(&state)?;
@@ -248,12 +260,12 @@ impl Controller {
     }
 
     /// Returns what the paused machine is, besides its memory.
-    fn describe(&self, parts: &Parts) -> Result<StateFile, Error> {
+    fn describe(&self, parts: &Parts, note: Option<String>) -> Result<StateFile, Error> {
         let machine = self.read_state(parts)?;
         let regions = parts.memory.regions();
         let regions = regions.map(|region| (region.start.0, region.len));
         let facts = Facts::now(None, regions).map_err(Error::RandomSeed)?;
-        let sections = machine.into_sections(None, Vec::new()).write()?;
+        let sections = machine.into_sections(note, Vec::new()).write()?;
         Ok(StateFile::new(NAME.as_ref(), facts, None, sections))
     }
 
