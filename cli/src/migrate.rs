@@ -1,13 +1,15 @@
 //! `bantam migrate`: moves a machine to another process or host, and receives one.
 
+mod endpoint;
 mod progress;
+mod stdio;
+mod tunnel;
 
-use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -25,6 +27,10 @@ use crate::control::{Output, connect};
 use crate::message::say;
 use crate::named::running_machine;
 use progress::ProgressLine;
+use stdio::Stdio;
+use tunnel::Tunnel;
+
+pub use endpoint::{Destination, ReceivingEnd, SshHost};
 
 /// How long the process of a machine that has moved may take to end.
 const END_TIME: Duration = Duration::from_secs(30);
@@ -36,21 +42,23 @@ pub struct MigrateArgs {
     #[arg(required_unless_present = "receive")]
     pub machine: Option<PathBuf>,
 
-    /// Where it is received: unix:PATH or tcp://HOST:PORT
+    /// Where it is received: unix:PATH, tcp://HOST:PORT or ssh://[USER@]HOST[:PORT]
     #[arg(
         required_unless_present_any = ["receive", "cancel", "progress", "take_back"],
-        value_parser = address_parser(),
+        value_parser = OsStringValueParser::new().try_map(|text| Destination::parse(&text)),
     )]
-    pub destination: Option<MigrationAddress>,
+    pub destination: Option<Destination>,
 
     /// Wait for a machine at ADDRESS, unix:PATH or tcp://HOST:PORT, and run it
+    ///
+    /// stdio receives it by standard input and output, as ssh:// at the source has it done.
     #[arg(
         long,
         value_name = "ADDRESS",
-        value_parser = address_parser(),
+        value_parser = OsStringValueParser::new().try_map(|text| ReceivingEnd::parse(&text)),
         conflicts_with_all = ["machine", "destination", "cancel", "progress", "take_back", "downtime", "timeout", "at_timeout", "max_throttle"],
     )]
-    pub receive: Option<MigrationAddress>,
+    pub receive: Option<ReceivingEnd>,
 
     /// Only ask the other end whether it could run the machine; it goes on waiting for one
     #[arg(long, requires = "destination")]
@@ -102,8 +110,10 @@ pub struct MigrateArgs {
     #[command(flatten)]
     pub ends: EndArgs,
 
-    /// What the machine that is received is called here; the name that it has at the source by default, if it has one
-    #[arg(long, value_name = "NAME", requires = "receive")]
+    /// What the machine is called at the receiver; the name that it has at the source by default, if it has one
+    ///
+    /// It is given to the receiver, or with ssh:// to the source.
+    #[arg(long, value_name = "NAME")]
     pub name: Option<MachineName>,
 
     /// Run the machine that is received in this process, even if it has a name, with this socket for other programs to control it
@@ -130,10 +140,6 @@ pub enum TimeoutAction {
     Stop,
 }
 
-fn address_parser() -> impl TypedValueParser<Value = MigrationAddress> {
-    OsStringValueParser::new().try_map(|text| MigrationAddress::parse(OsStr::new(&text)))
-}
-
 /// Executes `bantam migrate` for a machine that runs.
 pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
     let machine = args.machine.as_deref().context("no machine is named")?;
@@ -149,29 +155,24 @@ pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
             (Output::Human, Some(progress)) => progress::describe(&progress),
         });
     }
-    let mut client = connect(machine)?;
     if args.cancel {
-        client.execute(Command::CancelMigration)?;
+        connect(machine)?.execute(Command::CancelMigration)?;
         return Ok(());
     }
     if args.take_back {
-        client.execute(Command::TakeBack)?;
+        connect(machine)?.execute(Command::TakeBack)?;
         return Ok(());
     }
-    let named = running_machine(machine);
-    if args.undefine_source {
-        let named = named
+    let relocation = Relocation {
+        machine,
+        destination: args
+            .destination
             .as_ref()
-            .context("only a named machine can be undefined")?;
-        named.require_removable_after_move()?;
-    }
-    let definition = named.as_ref().map(Machine::definition).transpose()?;
-    let note = definition.map(|it| it.to_text()).transpose()?;
-    let destination = args.destination.clone();
-    let order = MigrationOrder {
-        destination: destination.context("no destination is named")?,
+            .context("no destination is named")?,
+        name: args.name.as_ref(),
         insecure: args.insecure,
         dry_run: args.dry_run,
+        undefine_source: args.undefine_source,
         options: MigrationOptions {
             downtime: args.downtime.get(),
             timeout: args.timeout.get(),
@@ -180,31 +181,94 @@ pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
                 TimeoutAction::Stop => AtTimeout::Stop,
             },
             max_throttle: args.max_throttle,
-            note,
+            note: None,
         },
     };
-    client.set_answer_time(Duration::MAX);
     let line = ProgressLine::show(machine);
-    let answer = client.execute(Command::Migrate(Box::new(order)));
+    let answer = relocation.execute();
     drop(line);
     let answer = answer?;
     print(&match (args.output, &answer) {
         (Output::Human, Answer::Migrated(migrated)) => describe(migrated),
         (Output::Json, Answer::Migrated(migrated)) => serde_json::to_string(migrated)?,
-        (Output::Human, Answer::Done) => "the machine could run there".to_owned(),
-        (Output::Json, Answer::Done) => serde_json::to_string(&answer)?,
-        _ => bail!("the machine gives another answer than that of a migration"),
-    })?;
-    if let Some(named) = named.filter(|_| args.undefine_source) {
-        if !named.wait_until_shut_off(Some(END_TIME))? {
-            bail!(
-                "the machine has moved, but its process here does not end, so it was not undefined"
-            );
+        (Output::Human, _) => "the machine could run there".to_owned(),
+        (Output::Json, answer) => serde_json::to_string(answer)?,
+    })
+}
+
+/// How a machine is moved.
+pub struct Relocation<'a> {
+    /// Its control socket, or its name.
+    pub machine: &'a Path,
+    /// Where it is moved.
+    pub destination: &'a Destination,
+    /// What it is called there, if this end decides that.
+    pub name: Option<&'a MachineName>,
+    /// Whether its memory may cross a network where others can read and change it.
+    pub insecure: bool,
+    /// Whether the other end is only asked.
+    pub dry_run: bool,
+    /// Whether it is undefined here afterwards.
+    pub undefine_source: bool,
+    /// How it is copied.
+    pub options: MigrationOptions,
+}
+
+impl Relocation<'_> {
+    /// Moves the machine, and returns the answer of its process.
+    pub fn execute(self) -> anyhow::Result<Answer> {
+        let named = running_machine(self.machine);
+        if self.undefine_source {
+            let named = named.as_ref();
+            let named = named.context("only a named machine can be undefined")?;
+            named.require_removable_after_move()?;
         }
-        let undefined = Manager::of_user()?.undefine(&named, Removal::default());
-        undefined.context("the machine has moved, but was not undefined here")?;
+        let definition = named.as_ref().map(Machine::definition).transpose()?;
+        let note = definition.map(|it| it.to_text()).transpose()?;
+        let mut client = connect(self.machine)?;
+        let (destination, tunnel) = match (self.destination, self.name) {
+            (Destination::Address(_), Some(_)) => {
+                bail!("the receiver decides what the machine is called: name it there (--name)")
+            }
+            (Destination::Address(address), None) => (address.clone(), None),
+            (Destination::Ssh(host), name) => {
+                let tunnel = Tunnel::by_ssh(host, name)?;
+                (tunnel.address(), Some(tunnel))
+            }
+        };
+        let order = MigrationOrder {
+            destination,
+            insecure: self.insecure,
+            dry_run: self.dry_run,
+            options: MigrationOptions {
+                note,
+                ..self.options
+            },
+        };
+        client.set_answer_time(Duration::MAX);
+        let answer = client.execute(Command::Migrate(Box::new(order)));
+        let answer = match (answer, tunnel) {
+            (Ok(answer), Some(tunnel)) => {
+                if let Err(error) = tunnel.finish() {
+                    say(format_args!("warning: {error}"));
+                }
+                answer
+            }
+            (Ok(answer), None) => answer,
+            (Err(error), Some(tunnel)) => return Err(tunnel.explain(error.into())),
+            (Err(error), None) => return Err(error.into()),
+        };
+        if let Some(named) = named.filter(|_| self.undefine_source) {
+            if !named.wait_until_shut_off(Some(END_TIME))? {
+                bail!(
+                    "the machine has moved, but its process here does not end, so it was not undefined"
+                );
+            }
+            let undefined = Manager::of_user()?.undefine(&named, Removal::default());
+            undefined.context("the machine has moved, but was not undefined here")?;
+        }
+        Ok(answer)
     }
-    Ok(())
 }
 
 fn print(text: &str) -> anyhow::Result<()> {
@@ -231,11 +295,27 @@ pub enum Received {
     Machine(Box<Arrival>, Box<MachineConfig>),
     /// It is here, as a named machine.
     Named(Machine),
+    /// The source has only asked whether it could run here.
+    Nothing,
 }
 
-/// Waits for a machine at `address`, and makes it a named machine if it is one or is to have a name. Sources that only ask
-/// whether it could run here get their answers meanwhile.
-pub fn receive(args: &MigrateArgs, address: &MigrationAddress) -> anyhow::Result<Received> {
+/// Waits for a machine, and makes it a named machine if it is one or is to have a name. Sources that only ask whether it
+/// could run here get their answers meanwhile.
+pub fn receive(args: &MigrateArgs, end: &ReceivingEnd) -> anyhow::Result<Received> {
+    let address = match end {
+        ReceivingEnd::Address(address) => address,
+        ReceivingEnd::Stdio if args.control.is_some() => {
+            bail!(
+                "with standard input and output as the connection, a machine does not run in this process (--control)"
+            )
+        }
+        ReceivingEnd::Stdio => {
+            let (socket, stdio) = Stdio::start()?;
+            let received = take(args, socket.into());
+            stdio.finish();
+            return Ok(received?.unwrap_or(Received::Nothing));
+        }
+    };
     if !args.insecure && !address.is_local() {
         bail!(
             "cannot receive a machine at '{address}': anyone who reaches it there could send one, and read its memory; \
@@ -246,33 +326,38 @@ pub fn receive(args: &MigrateArgs, address: &MigrationAddress) -> anyhow::Result
     loop {
         let stream = listener.accept();
         let stream = stream.with_context(|| format!("cannot listen on '{address}'"))?;
-        let arrival = Arrival::new(MigrationConnection::new(stream)?)?;
-        let place = match Place::of(args, &arrival) {
-            Ok(place) => place,
-            Err(error) => {
-                let is_trial = arrival.is_trial();
-                arrival.refuse(&crate::reason(&error));
-                match is_trial {
-                    true => continue,
-                    false => return Err(error),
-                }
-            }
-        };
-        if !arrival.is_trial() {
-            return place.take(arrival);
-        }
-        let controller = Controller::new()?;
-        let answered = match controller.configure(place.config) {
-            Ok(()) => arrival.answer_trial(&controller),
-            Err(error) => {
-                arrival.refuse(&error.to_string());
-                Err(error)
-            }
-        };
-        if let Err(error) = answered {
-            say(format_args!("a machine could not run here: {error}"));
+        if let Some(received) = take(args, stream)? {
+            return Ok(received);
         }
     }
+}
+
+/// Receives the machine that comes by a connection; `None` if the source has only asked whether it could.
+fn take(args: &MigrateArgs, stream: OwnedFd) -> anyhow::Result<Option<Received>> {
+    let arrival = Arrival::new(MigrationConnection::new(stream)?)?;
+    let is_trial = arrival.is_trial();
+    let place = match Place::of(args, &arrival) {
+        Ok(place) => place,
+        Err(error) => {
+            arrival.refuse(&crate::reason(&error));
+            return if is_trial { Ok(None) } else { Err(error) };
+        }
+    };
+    if !is_trial {
+        return place.take(arrival).map(Some);
+    }
+    let controller = Controller::new()?;
+    let answered = match controller.configure(place.config) {
+        Ok(()) => arrival.answer_trial(&controller),
+        Err(error) => {
+            arrival.refuse(&error.to_string());
+            Err(error)
+        }
+    };
+    if let Err(error) = answered {
+        say(format_args!("a machine could not run here: {error}"));
+    }
+    Ok(None)
 }
 
 /// What a machine that is offered is to be here.
@@ -302,6 +387,11 @@ impl Place {
         let definition = arrival.note().map(Definition::parse).transpose()?;
         let own_name = definition.as_ref().map(|it| &it.name);
         let Some(name) = args.name.as_ref().or(own_name).cloned() else {
+            if args.receive == Some(ReceivingEnd::Stdio) {
+                bail!(
+                    "a machine without a name cannot use standard input and output, which are the connection; name it (--name)"
+                );
+            }
             return Ok(Place {
                 config,
                 named: None,

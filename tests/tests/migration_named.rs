@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bantam_tests::counting::wait_until;
-use bantam_tests::{Ended, Machines, Running, require_kvm};
+use bantam_tests::{Ended, Machines, Running, monitor, require_kvm};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -94,12 +95,18 @@ fn a_named_machine_moves_with_its_name() {
     assert_eq!(folders(there), <[&str; 0]>::default());
     hosts.migrate(source, "web", "dry.sock").has_status(0);
     let arrived = dry.wait();
-    assert!(arrived.text().contains("machine 'web' has arrived"), "{arrived}");
+    assert!(
+        arrived.text().contains("machine 'web' has arrived"),
+        "{arrived}"
+    );
     source.wait_for_state("web", "shut off (migrated)");
     assert_eq!(there.state("web"), "running (migrated)");
     assert_eq!(there.done(&["list", "--name"]).trim(), "web");
     assert_eq!(folders(there), ["web"]);
-    let (before, after) = (source.json(&["dominfo", "web"]), there.json(&["dominfo", "web"]));
+    let (before, after) = (
+        source.json(&["dominfo", "web"]),
+        there.json(&["dominfo", "web"]),
+    );
     for key in ["id", "restart"] {
         assert_eq!(before[key], after[key]);
     }
@@ -107,7 +114,10 @@ fn a_named_machine_moves_with_its_name() {
     there.done(&["suspend", "web"]);
     assert_eq!(there.state("web").split(' ').next(), Some("paused"));
     there.done(&["resume", "web"]);
-    there.bantam(&["control", "web", "query"]).finish().succeeded();
+    there
+        .bantam(&["control", "web", "query"])
+        .finish()
+        .succeeded();
     assert!(there.of_machine("web").join("log").exists());
     UnixStream::connect(there.runtime("web").join("console.sock")).expect("there is a console");
     let refused = there.refused(&["start", "web"]);
@@ -121,11 +131,19 @@ fn a_named_machine_moves_with_its_name() {
     let back = hosts.receive(source, "back.sock", &[]);
     let error = hosts.migrate(there, "web", "back.sock");
     let error = error.failed_with_one_line();
-    assert!(error.contains("there is a machine 'web' already"), "{error}");
+    assert!(
+        error.contains("there is a machine 'web' already"),
+        "{error}"
+    );
     back.wait().failed_with_one_line();
     assert_eq!(there.state("web").split(' ').next(), Some("running"));
     let back = hosts.receive(source, "named.sock", &["--name", "other"]);
-    there.done(&["migrate", "--undefine-source", "web", &hosts.address("named.sock")]);
+    there.done(&[
+        "migrate",
+        "--undefine-source",
+        "web",
+        &hosts.address("named.sock"),
+    ]);
     back.wait().has_status(0);
     assert_eq!(list(there).trim(), "");
     assert_eq!(source.state("other"), "running (migrated)");
@@ -178,7 +196,9 @@ fn processes(machines: &Machines) -> Vec<Pid> {
         line.contains("machine-process") && line.contains(&folder)
     };
     let entries = fs::read_dir("/proc").expect("there are processes");
-    let numbers = entries.flatten().filter_map(|it| it.file_name().to_str()?.parse().ok());
+    let numbers = entries
+        .flatten()
+        .filter_map(|it| it.file_name().to_str()?.parse().ok());
     numbers.filter(is_one).map(Pid::from_raw).collect()
 }
 
@@ -229,10 +249,16 @@ fn nothing_is_left_of_a_machine_that_does_not_arrive() {
     let receiver = hosts.receive(there, "refused.sock", &["--disk", "disk0=/nowhere/disk"]);
     let error = hosts.migrate(source, "web", "refused.sock");
     let error = error.failed_with_one_line();
-    assert!(error.contains("cannot find disk '/nowhere/disk'"), "{error}");
+    assert!(
+        error.contains("cannot find disk '/nowhere/disk'"),
+        "{error}"
+    );
     let ended = receiver.wait();
     let error = ended.failed_with_one_line();
-    assert!(error.contains("cannot find disk '/nowhere/disk'"), "{error}");
+    assert!(
+        error.contains("cannot find disk '/nowhere/disk'"),
+        "{error}"
+    );
     assert_eq!(folders(there), <[&str; 0]>::default());
 
     // The process of the machine is killed, and then it and the command that has started it.
@@ -240,7 +266,12 @@ fn nothing_is_left_of_a_machine_that_does_not_arrive() {
         let (slow, socket) = (format!("slow{number}.sock"), format!("kill{number}.sock"));
         let receiver = hosts.receive(there, &socket, &[]);
         let pause = Duration::from_millis(20);
-        let passed = relay(&hosts.path(&slow), &hosts.path(&socket), [usize::MAX; 2], pause);
+        let passed = relay(
+            &hosts.path(&slow),
+            &hosts.path(&socket),
+            [usize::MAX; 2],
+            pause,
+        );
         let address = hosts.address(&slow);
         let moving = source.bantam(&["migrate", "web", &address]).start();
         let mut found = Vec::new();
@@ -317,4 +348,79 @@ fn wherever_the_connection_is_cut_exactly_one_named_machine_runs() {
     for limit in points.chain([all[0] - 10, all[0] - 4, all[0] - 1]) {
         move_over_cut([limit, usize::MAX]);
     }
+}
+
+/// Makes a folder for `PATH` with an `ssh` whose other hosts are this one with the machines of `there`. Returns the variable.
+fn with_ssh(folder: &Path, there: &Machines) -> String {
+    fs::create_dir(folder).expect("there is room");
+    std::os::unix::fs::symlink(monitor(), folder.join("bantam")).expect("there is room");
+    let script = format!(
+        "#!/bin/sh\n\
+         echo \"$@\" >> '{log}'\n\
+         while [ \"$1\" != -T ]; do shift; done\n\
+         [ \"$2\" = nowhere ] && {{ echo 'ssh: nowhere is nowhere' >&2; exit 255; }}\n\
+         shift 2\n\
+         BANTAM_STATE_DIR='{state}' exec \"$@\"\n",
+        log = folder.join("log").display(),
+        state = there.folder().display(),
+    );
+    let ssh = folder.join("ssh");
+    fs::write(&ssh, script).expect("there is room");
+    fs::set_permissions(&ssh, fs::Permissions::from_mode(0o755)).expect("it is ours");
+    let path = std::env::var("PATH").expect("it is set");
+    format!("PATH={}:{path}", folder.display())
+}
+
+#[test]
+fn a_machine_moves_by_ssh() {
+    require_kvm!();
+    let hosts = Hosts::new();
+    let (source, there) = (&hosts.source, &hosts.receiver);
+    hosts.start("web");
+    let ssh = hosts.path("ssh");
+    let variables = [with_ssh(&ssh, there)];
+    let migrate = |arguments: &[&str]| {
+        let arguments = [&["migrate"], arguments].concat();
+        source.bantam_with(&variables, &arguments).finish()
+    };
+    // What ssh says is on the terminal too, so this is not one line.
+    let lost = migrate(&["web", "ssh://nowhere"]);
+    lost.has_status(1);
+    assert!(lost.stderr.contains("ssh: nowhere is nowhere"), "{lost}");
+    assert!(lost.stderr.contains("exit status: 255"), "{lost}");
+    assert_eq!(source.state("web").split(' ').next(), Some("running"));
+
+    let asked = migrate(&["--dry-run", "web", "ssh://other"]);
+    assert_eq!(asked.succeeded().text(), "the machine could run there\n");
+    assert_eq!(folders(there), <[&str; 0]>::default());
+    there.create_idle("taken");
+    let refused = migrate(&["web", "ssh://other", "--name", "taken"]);
+    refused.has_status(1);
+    assert!(
+        refused.stderr.contains("a machine 'taken' already"),
+        "{refused}"
+    );
+
+    let moved = migrate(&["web", "ssh://root@other:2222"]);
+    assert!(moved.succeeded().text().contains("moved in"), "{moved}");
+    assert_eq!(there.state("web"), "running (migrated)");
+    source.wait_for_state("web", "shut off (migrated)");
+    let log = fs::read_to_string(ssh.join("log")).expect("it was written");
+    let last = log.lines().last();
+    assert_eq!(
+        last,
+        Some("-p 2222 -T root@other bantam migrate --receive stdio")
+    );
+    assert!(processes(there).len() == 1);
+
+    // Back, as virsh says it.
+    let variables = [with_ssh(&hosts.path("back"), source)];
+    let words = "virsh migrate --live --undefinesource web qemu+ssh://host/system --dname back";
+    let words: Vec<_> = words.split(' ').collect();
+    there.bantam_with(&variables, &words).finish().succeeded();
+    assert_eq!(source.state("back"), "running (migrated)");
+    assert_eq!(list(there).trim(), "taken");
+    let words = "virsh migrate taken qemu+tcp://host/system";
+    let words: Vec<_> = words.split(' ').collect();
+    there.bantam_with(&variables, &words).finish().failed();
 }
