@@ -437,7 +437,10 @@ impl Place {
 /// Where connections of sources are waited for.
 enum Listener {
     /// The socket is removed from the file system with this.
-    Unix(ListeningSocket, UnixListener),
+    Unix {
+        _socket: ListeningSocket,
+        listener: UnixListener,
+    },
     Tcp(TcpListener),
 }
 
@@ -449,7 +452,10 @@ impl Listener {
                 let socket = ListeningSocket::bind_private(path).with_context(failed)?;
                 let listener = socket.try_clone_listener().with_context(failed)?;
                 listener.set_nonblocking(false).with_context(failed)?;
-                Listener::Unix(socket, listener)
+                Listener::Unix {
+                    _socket: socket,
+                    listener,
+                }
             }
             MigrationAddress::Tcp(place) => {
                 Listener::Tcp(TcpListener::bind(place).with_context(failed)?)
@@ -466,7 +472,7 @@ impl Listener {
 
     fn accept(&self) -> io::Result<OwnedFd> {
         match self {
-            Listener::Unix(_, listener) => Ok(listener.accept()?.0.into()),
+            Listener::Unix { listener, .. } => Ok(listener.accept()?.0.into()),
             Listener::Tcp(listener) => Ok(listener.accept()?.0.into()),
         }
     }
