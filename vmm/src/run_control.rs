@@ -371,6 +371,12 @@ impl RunControl {
         }
     }
 
+    /// Whether [`RunControl::throttle`] keeps the vCPUs out of the guest now.
+    #[cfg(test)]
+    pub(crate) fn is_throttled(&self) -> bool {
+        self.throttled.load(Ordering::SeqCst)
+    }
+
     /// Keeps vCPUs whose threads start from now on out of the guest until [`RunControl::resume_vcpus`].
     pub(crate) fn hold_vcpus(&self) {
         self.pausing.store(true, Ordering::SeqCst);

@@ -103,3 +103,36 @@ impl Drop for Throttle {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::events::EventSender;
+
+    #[test]
+    fn a_machine_is_slowed_down_in_steps_and_has_all_its_time_afterwards() {
+        let control = Arc::new(RunControl::new(EventSender::default()).unwrap());
+        let mut throttle = Throttle::new(&control, 100);
+        let shares: Vec<_> = (0..10).map(|_| throttle.slow_down().unwrap()).collect();
+        assert_eq!(shares, [20, 30, 40, 50, 60, 70, 80, 90, 99, 99]);
+        let begin = Instant::now();
+        while !control.is_throttled() {
+            assert!(
+                begin.elapsed() < Duration::from_secs(10),
+                "it is not stopped"
+            );
+            thread::sleep(Duration::from_millis(1));
+        }
+        // In the middle of a stop of a second.
+        let begin = Instant::now();
+        drop(throttle);
+        assert!(!control.is_throttled());
+        assert!(begin.elapsed() < Duration::from_millis(900));
+
+        let mut never = Throttle::new(&control, 0);
+        assert_eq!(never.slow_down().unwrap(), 0);
+        assert!(never.thread.is_none() && !control.is_throttled());
+    }
+}
