@@ -42,7 +42,6 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use bantam_jail::Files;
-use bantam_vmm::MigrationAddress;
 use bantam_vmm::config::ExitStatus;
 use bantam_vmm::text::without_error_numbers;
 use clap::Parser;
@@ -55,7 +54,7 @@ use args::{Args, Command, FirecrackerArgs, RestoreArgs, RunArgs};
 use confine::Confinement;
 use image::QemuImgArgs;
 use message::say;
-use migrate::MigrateArgs;
+use migrate::{MigrateArgs, Received, ReceivingEnd};
 use run::{Foreground, Origin};
 
 fn main() -> ExitCode {
@@ -124,9 +123,9 @@ fn execute(command: Command) -> ExitCode {
         }
         Command::Fork(args) => status_of(fork::fork(&args)),
         Command::Migrate(args) => match &args.receive {
-            Some(address) => {
+            Some(end) => {
                 raise_descriptor_limit();
-                receive(&args, address)
+                receive(&args, end)
             }
             None => status_of(migrate::migrate(&args)),
         },
@@ -188,17 +187,32 @@ fn restore(args: &RestoreArgs) -> ExitCode {
     status_of_machine(ended, meaning)
 }
 
-fn receive(args: &MigrateArgs, address: &MigrationAddress) -> ExitCode {
+fn receive(args: &MigrateArgs, end: &ReceivingEnd) -> ExitCode {
     let mut meaning = ExitStatus::default();
     log::to_stderr(LevelFilter::WARN);
     let ended = (|| {
-        let (arrival, config) = migrate::receive(args, address)?;
+        let (arrival, config) = match migrate::receive(args, end)? {
+            Received::Machine(arrival, config) => (arrival, *config),
+            Received::Named(machine) => {
+                let line = format!("machine '{}' has arrived", machine.name());
+                match end {
+                    ReceivingEnd::Address(_) => named::print(&(line + "\n"))?,
+                    // Standard output is the connection.
+                    ReceivingEnd::Stdio => say(format_args!("{line}")),
+                }
+                return Ok(0);
+            }
+            Received::Nothing => return Ok(0),
+        };
         meaning = config.exit_status;
         let files = args.control.is_none().then(Files::none);
         Confinement::of_machine(&config, files).enter()?;
         message::start()?;
         let owner = Foreground(config.on_reboot);
-        let origin = Origin::Arrival(Box::new(arrival));
+        let origin = Origin::Arrival {
+            arrival,
+            settle: Box::new(|| Ok(())),
+        };
         run::run(&config, origin, args.control.as_deref(), &owner)
     })();
     status_of_machine(ended, meaning)

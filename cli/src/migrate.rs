@@ -1,24 +1,39 @@
 //! `bantam migrate`: moves a machine to another process or host, and receives one.
 
-use std::ffi::OsStr;
+mod endpoint;
+mod progress;
+mod stdio;
+mod tunnel;
+
 use std::io::{self, Write};
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use bantam_manager::{Definition, Machine, MachineName, Manager, Removal};
 use bantam_vmm::config::{MachineConfig, ShutdownTimeout};
 use bantam_vmm::{
-    Answer, Arrival, AtTimeout, Command, ListeningSocket, Migrated, MigrationAddress,
+    Answer, Arrival, AtTimeout, Command, Controller, ListeningSocket, Migrated, MigrationAddress,
     MigrationConnection, MigrationOptions, MigrationOrder,
 };
-use clap::ValueEnum;
 use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::{ValueEnum, value_parser};
 
 use crate::args::EndArgs;
 use crate::control::{Output, connect};
 use crate::message::say;
+use crate::named::running_machine;
+use progress::ProgressLine;
+use stdio::Stdio;
+use tunnel::Tunnel;
+
+pub use endpoint::{Destination, ReceivingEnd, SshHost};
+
+/// How long the process of a machine that has moved may take to end.
+const END_TIME: Duration = Duration::from_secs(30);
 
 // The options of `bantam migrate`.
 #[derive(Debug, clap::Args)]
@@ -27,21 +42,27 @@ pub struct MigrateArgs {
     #[arg(required_unless_present = "receive")]
     pub machine: Option<PathBuf>,
 
-    /// Where it is received: unix:PATH or tcp://HOST:PORT
+    /// Where it is received: unix:PATH, tcp://HOST:PORT or ssh://[USER@]HOST[:PORT]
     #[arg(
-        required_unless_present_any = ["receive", "cancel", "take_back"],
-        value_parser = address_parser(),
+        required_unless_present_any = ["receive", "cancel", "progress", "take_back"],
+        value_parser = OsStringValueParser::new().try_map(|text| Destination::parse(&text)),
     )]
-    pub destination: Option<MigrationAddress>,
+    pub destination: Option<Destination>,
 
     /// Wait for a machine at ADDRESS, unix:PATH or tcp://HOST:PORT, and run it
+    ///
+    /// stdio receives it by standard input and output, as ssh:// at the source has it done.
     #[arg(
         long,
         value_name = "ADDRESS",
-        value_parser = address_parser(),
-        conflicts_with_all = ["machine", "destination", "cancel", "take_back", "downtime", "timeout", "at_timeout"],
+        value_parser = OsStringValueParser::new().try_map(|text| ReceivingEnd::parse(&text)),
+        conflicts_with_all = ["machine", "destination", "cancel", "progress", "take_back", "downtime", "timeout", "at_timeout", "max_throttle"],
     )]
-    pub receive: Option<MigrationAddress>,
+    pub receive: Option<ReceivingEnd>,
+
+    /// Only ask the other end whether it could run the machine; it goes on waiting for one
+    #[arg(long, requires = "destination")]
+    pub dry_run: bool,
 
     /// For how long the guest should stand still at most
     #[arg(long, value_name = "TIME", default_value = "50ms")]
@@ -55,11 +76,25 @@ pub struct MigrateArgs {
     #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
     pub at_timeout: TimeoutAction,
 
+    /// How much of its time the machine may lose at most, in percent, if it writes faster than its memory is copied
+    ///
+    /// It is slowed down in steps. 0 lets it run as fast as it can.
+    #[arg(long, value_name = "PERCENT", default_value_t = 99, value_parser = value_parser!(u8).range(0..=99))]
+    pub max_throttle: u8,
+
     /// Let the memory cross a network where others can read and change it
     ///
     /// Otherwise ADDRESS has to be a Unix socket or a loopback address, such as the end of a tunnel of ssh.
     #[arg(long)]
     pub insecure: bool,
+
+    /// Print how far the migration is that is under way
+    #[arg(long, conflicts_with_all = ["destination", "cancel", "take_back"])]
+    pub progress: bool,
+
+    /// Undefine the machine here when it has moved, if it has a name. Its disks stay
+    #[arg(long, requires = "destination", conflicts_with = "dry_run")]
+    pub undefine_source: bool,
 
     /// End the migration that is under way; the machine goes on where it is
     #[arg(long, conflicts_with_all = ["destination", "take_back"])]
@@ -75,8 +110,19 @@ pub struct MigrateArgs {
     #[command(flatten)]
     pub ends: EndArgs,
 
-    /// Unix socket by which other programs control the machine that is received, as for bantam run
-    #[arg(long, value_name = "PATH", requires = "receive")]
+    /// What the machine is called at the receiver; the name that it has at the source by default, if it has one
+    ///
+    /// It is given to the receiver, or with ssh:// to the source.
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<MachineName>,
+
+    /// Run the machine that is received in this process, even if it has a name, with this socket for other programs to control it
+    #[arg(
+        long,
+        value_name = "PATH",
+        requires = "receive",
+        conflicts_with = "name"
+    )]
     pub control: Option<PathBuf>,
 
     /// How the answer is printed
@@ -94,10 +140,6 @@ pub enum TimeoutAction {
     Stop,
 }
 
-fn address_parser() -> impl TypedValueParser<Value = MigrationAddress> {
-    OsStringValueParser::new().try_map(|text| MigrationAddress::parse(OsStr::new(&text)))
-}
-
 /// Executes `bantam migrate` for a machine that runs.
 pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
     let machine = args.machine.as_deref().context("no machine is named")?;
@@ -106,19 +148,31 @@ pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
             "disks, taps and other ends are those of the receiver: name them there, with --receive"
         );
     }
-    let mut client = connect(machine)?;
+    if args.progress {
+        return print(&match (args.output, progress::ask(machine)?) {
+            (Output::Json, progress) => serde_json::to_string(&progress)?,
+            (Output::Human, None) => "no migration is under way".to_owned(),
+            (Output::Human, Some(progress)) => progress::describe(&progress),
+        });
+    }
     if args.cancel {
-        client.execute(Command::CancelMigration)?;
+        connect(machine)?.execute(Command::CancelMigration)?;
         return Ok(());
     }
     if args.take_back {
-        client.execute(Command::TakeBack)?;
+        connect(machine)?.execute(Command::TakeBack)?;
         return Ok(());
     }
-    let destination = args.destination.clone();
-    let order = MigrationOrder {
-        destination: destination.context("no destination is named")?,
+    let relocation = Relocation {
+        machine,
+        destination: args
+            .destination
+            .as_ref()
+            .context("no destination is named")?,
+        name: args.name.as_ref(),
         insecure: args.insecure,
+        dry_run: args.dry_run,
+        undefine_source: args.undefine_source,
         options: MigrationOptions {
             downtime: args.downtime.get(),
             timeout: args.timeout.get(),
@@ -126,22 +180,108 @@ pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
                 TimeoutAction::Cancel => AtTimeout::Cancel,
                 TimeoutAction::Stop => AtTimeout::Stop,
             },
+            max_throttle: args.max_throttle,
+            note: None,
         },
     };
-    client.set_answer_time(Duration::MAX);
-    let Answer::Migrated(migrated) = client.execute(Command::Migrate(Box::new(order)))? else {
-        bail!("the machine gives another answer than that of a migration");
-    };
-    let text = match args.output {
-        Output::Human => describe(&migrated),
-        Output::Json => serde_json::to_string(&migrated)?,
-    };
+    let line = ProgressLine::show(machine);
+    let answer = relocation.execute();
+    drop(line);
+    let answer = answer?;
+    print(&match (args.output, &answer) {
+        (Output::Human, Answer::Migrated(migrated)) => describe(migrated),
+        (Output::Json, Answer::Migrated(migrated)) => serde_json::to_string(migrated)?,
+        (Output::Human, _) => "the machine could run there".to_owned(),
+        (Output::Json, answer) => serde_json::to_string(answer)?,
+    })
+}
+
+/// How a machine is moved.
+pub struct Relocation<'a> {
+    /// Its control socket, or its name.
+    pub machine: &'a Path,
+    /// Where it is moved.
+    pub destination: &'a Destination,
+    /// What it is called there, if this end decides that.
+    pub name: Option<&'a MachineName>,
+    /// Whether its memory may cross a network where others can read and change it.
+    pub insecure: bool,
+    /// Whether the other end is only asked.
+    pub dry_run: bool,
+    /// Whether it is undefined here afterwards.
+    pub undefine_source: bool,
+    /// How it is copied.
+    pub options: MigrationOptions,
+}
+
+impl Relocation<'_> {
+    /// Moves the machine, and returns the answer of its process.
+    pub fn execute(self) -> anyhow::Result<Answer> {
+        let named = running_machine(self.machine);
+        if self.undefine_source {
+            let named = named.as_ref();
+            let named = named.context("only a named machine can be undefined")?;
+            named.require_removable_after_move()?;
+        }
+        let definition = named.as_ref().map(Machine::definition).transpose()?;
+        let note = definition.map(|it| it.to_text()).transpose()?;
+        let mut client = connect(self.machine)?;
+        let (destination, tunnel) = match (self.destination, self.name) {
+            (Destination::Address(_), Some(_)) => {
+                bail!("the receiver decides what the machine is called: name it there (--name)")
+            }
+            (Destination::Address(address), None) => (address.clone(), None),
+            (Destination::Ssh(host), name) => {
+                let tunnel = Tunnel::by_ssh(host, name)?;
+                (tunnel.address(), Some(tunnel))
+            }
+        };
+        let order = MigrationOrder {
+            destination,
+            insecure: self.insecure,
+            dry_run: self.dry_run,
+            options: MigrationOptions {
+                note,
+                ..self.options
+            },
+        };
+        client.set_answer_time(Duration::MAX);
+        let answer = client.execute(Command::Migrate(Box::new(order)));
+        let answer = match (answer, tunnel) {
+            (Ok(answer), Some(tunnel)) => {
+                if let Err(error) = tunnel.finish() {
+                    say(format_args!("warning: {error}"));
+                }
+                answer
+            }
+            (Ok(answer), None) => answer,
+            (Err(error), Some(tunnel)) => return Err(tunnel.explain(error.into())),
+            (Err(error), None) => return Err(error.into()),
+        };
+        if let Some(named) = named.filter(|_| self.undefine_source) {
+            if !named.wait_until_shut_off(Some(END_TIME))? {
+                bail!(
+                    "the machine has moved, but its process here does not end, so it was not undefined"
+                );
+            }
+            let undefined = Manager::of_user()?.undefine(&named, Removal::default());
+            undefined.context("the machine has moved, but was not undefined here")?;
+        }
+        Ok(answer)
+    }
+}
+
+fn print(text: &str) -> anyhow::Result<()> {
     writeln!(io::stdout().lock(), "{text}").context("cannot write to standard output")
 }
 
 fn describe(migrated: &Migrated) -> String {
+    let slowed = match migrated.throttle {
+        0 => String::new(),
+        share => format!("; it was slowed down by {share} % at the end"),
+    };
     format!(
-        "moved in {:.2} s: the guest stood still for {:.1} ms; {:.1} MiB of memory in {} rounds",
+        "moved in {:.2} s: the guest stood still for {:.1} ms; {:.1} MiB of memory in {} rounds{slowed}",
         migrated.time.as_secs_f64(),
         migrated.downtime.as_secs_f64() * 1000.0,
         migrated.sent as f64 / f64::from(1 << 20),
@@ -149,45 +289,191 @@ fn describe(migrated: &Migrated) -> String {
     )
 }
 
-/// Waits for a machine at `address`, and returns it with its configuration at this end.
-pub fn receive(
-    args: &MigrateArgs,
-    address: &MigrationAddress,
-) -> anyhow::Result<(Arrival, MachineConfig)> {
+/// A machine that was received.
+pub enum Received {
+    /// It is to be run by this process, with this configuration.
+    Machine(Box<Arrival>, Box<MachineConfig>),
+    /// It is here, as a named machine.
+    Named(Machine),
+    /// The source has only asked whether it could run here.
+    Nothing,
+}
+
+/// Waits for a machine, and makes it a named machine if it is one or is to have a name. Sources that only ask whether it
+/// could run here get their answers meanwhile.
+pub fn receive(args: &MigrateArgs, end: &ReceivingEnd) -> anyhow::Result<Received> {
+    let address = match end {
+        ReceivingEnd::Address(address) => address,
+        ReceivingEnd::Stdio if args.control.is_some() => {
+            bail!(
+                "with standard input and output as the connection, a machine does not run in this process (--control)"
+            )
+        }
+        ReceivingEnd::Stdio => {
+            let (socket, stdio) = Stdio::start()?;
+            let received = take(args, socket.into());
+            stdio.finish();
+            return Ok(received?.unwrap_or(Received::Nothing));
+        }
+    };
     if !args.insecure && !address.is_local() {
         bail!(
             "cannot receive a machine at '{address}': anyone who reaches it there could send one, and read its memory; \
              listen on 127.0.0.1 and use a tunnel such as 'ssh -L', or allow it (--insecure)"
         );
     }
-    let arrival = Arrival::new(MigrationConnection::new(accept(address)?)?)?;
-    let mut config = arrival.config().clone();
-    match args.ends.apply(&mut config) {
-        Ok(()) => Ok((arrival, config)),
-        Err(error) => {
-            arrival.refuse(&crate::reason(&error));
-            Err(error)
+    let listener = Listener::bind(address)?;
+    loop {
+        let stream = listener.accept();
+        let stream = stream.with_context(|| format!("cannot listen on '{address}'"))?;
+        if let Some(received) = take(args, stream)? {
+            return Ok(received);
         }
     }
 }
 
-/// Waits for a connection.
-fn accept(address: &MigrationAddress) -> anyhow::Result<OwnedFd> {
-    let failed = || format!("cannot listen on '{address}'");
-    match address {
-        MigrationAddress::Unix(path) => {
-            let socket = ListeningSocket::bind_private(path).with_context(failed)?;
-            let listener = socket.try_clone_listener().with_context(failed)?;
-            listener.set_nonblocking(false).with_context(failed)?;
-            Ok(listener.accept().with_context(failed)?.0.into())
+/// Receives the machine that comes by a connection; `None` if the source has only asked whether it could.
+fn take(args: &MigrateArgs, stream: OwnedFd) -> anyhow::Result<Option<Received>> {
+    let arrival = Arrival::new(MigrationConnection::new(stream)?)?;
+    let is_trial = arrival.is_trial();
+    let place = match Place::of(args, &arrival) {
+        Ok(place) => place,
+        Err(error) => {
+            arrival.refuse(&crate::reason(&error));
+            return if is_trial { Ok(None) } else { Err(error) };
         }
-        MigrationAddress::Tcp(place) => {
-            let listener = TcpListener::bind(place).with_context(failed)?;
-            let address = listener.local_addr().with_context(failed)?;
-            if place.ends_with(":0") {
-                say(format_args!("waiting at tcp://{address}"));
+    };
+    if !is_trial {
+        return place.take(arrival).map(Some);
+    }
+    let controller = Controller::new()?;
+    let answered = match controller.configure(place.config) {
+        Ok(()) => arrival.answer_trial(&controller),
+        Err(error) => {
+            arrival.refuse(&error.to_string());
+            Err(error)
+        }
+    };
+    if let Err(error) = answered {
+        say(format_args!("a machine could not run here: {error}"));
+    }
+    Ok(None)
+}
+
+/// What a machine that is offered is to be here.
+struct Place {
+    config: MachineConfig,
+    named: Option<NamedPlace>,
+}
+
+/// What a machine that is offered is to be among the named machines.
+struct NamedPlace {
+    name: MachineName,
+    definition: Option<Definition>,
+    /// What it is at its next start.
+    next: MachineConfig,
+}
+
+impl Place {
+    fn of(args: &MigrateArgs, arrival: &Arrival) -> anyhow::Result<Place> {
+        let mut config = arrival.config().clone();
+        args.ends.apply(&mut config)?;
+        if args.control.is_some() {
+            return Ok(Place {
+                config,
+                named: None,
+            });
+        }
+        let definition = arrival.note().map(Definition::parse).transpose()?;
+        let own_name = definition.as_ref().map(|it| &it.name);
+        let Some(name) = args.name.as_ref().or(own_name).cloned() else {
+            if args.receive == Some(ReceivingEnd::Stdio) {
+                bail!(
+                    "a machine without a name cannot use standard input and output, which are the connection; name it (--name)"
+                );
             }
-            Ok(listener.accept().with_context(failed)?.0.into())
+            return Ok(Place {
+                config,
+                named: None,
+            });
+        };
+        Manager::of_user()?.require_free(&name)?;
+        let next = match &definition {
+            Some(definition) => {
+                let mut next = definition.config()?;
+                args.ends.apply(&mut next)?;
+                next
+            }
+            None => config.clone(),
+        };
+        let named = Some(NamedPlace {
+            name,
+            definition,
+            next,
+        });
+        Ok(Place { config, named })
+    }
+
+    fn take(self, arrival: Arrival) -> anyhow::Result<Received> {
+        let Some(named) = self.named else {
+            return Ok(Received::Machine(Box::new(arrival), Box::new(self.config)));
+        };
+        let expected = Manager::of_user()?.expect_arrival(
+            &named.name,
+            named.definition.as_ref(),
+            self.config,
+            &named.next,
+        );
+        match expected {
+            Ok(expected) => Ok(Received::Named(expected.receive(arrival)?)),
+            Err(error) => {
+                arrival.refuse(&error.to_string());
+                Err(error.into())
+            }
+        }
+    }
+}
+
+/// Where connections of sources are waited for.
+enum Listener {
+    /// The socket is removed from the file system with this.
+    Unix {
+        _socket: ListeningSocket,
+        listener: UnixListener,
+    },
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    fn bind(address: &MigrationAddress) -> anyhow::Result<Listener> {
+        let failed = || format!("cannot listen on '{address}'");
+        let listener = match address {
+            MigrationAddress::Unix(path) => {
+                let socket = ListeningSocket::bind_private(path).with_context(failed)?;
+                let listener = socket.try_clone_listener().with_context(failed)?;
+                listener.set_nonblocking(false).with_context(failed)?;
+                Listener::Unix {
+                    _socket: socket,
+                    listener,
+                }
+            }
+            MigrationAddress::Tcp(place) => {
+                Listener::Tcp(TcpListener::bind(place).with_context(failed)?)
+            }
+        };
+        if let (Listener::Tcp(listener), MigrationAddress::Tcp(place)) = (&listener, address)
+            && place.ends_with(":0")
+        {
+            let address = listener.local_addr()?;
+            say(format_args!("waiting at tcp://{address}"));
+        }
+        Ok(listener)
+    }
+
+    fn accept(&self) -> io::Result<OwnedFd> {
+        match self {
+            Listener::Unix { listener, .. } => Ok(listener.accept()?.0.into()),
+            Listener::Tcp(listener) => Ok(listener.accept()?.0.into()),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! `bantam run`: one machine from start to end, and again if it reboots.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -62,7 +63,12 @@ pub enum Origin {
         paused: bool,
     },
     /// The machine that another process or host sends.
-    Arrival(Box<Arrival>),
+    Arrival {
+        /// The machine.
+        arrival: Box<Arrival>,
+        /// Called when the machine is here, before it goes on.
+        settle: Box<dyn FnOnce() -> io::Result<()> + Send>,
+    },
 }
 
 /// Runs a machine until it ends for good, and returns the exit status. It starts from `origin`, and boots when it is
@@ -230,7 +236,7 @@ fn run_once(
             controller.configure(config)?;
             match origin {
                 Origin::Boot => controller.start(),
-                Origin::Arrival(arrival) => arrival.receive(&controller),
+                Origin::Arrival { arrival, settle } => arrival.receive_then(&controller, settle),
                 Origin::Snapshot { snapshot, paused } => {
                     controller.restore(&snapshot)?;
                     match paused {

@@ -147,6 +147,7 @@ pub(crate) fn is_quick(command: &Command) -> bool {
         | Command::Metadata
         | Command::Metrics
         | Command::CancelMigration
+        | Command::MigrationProgress
         | Command::ShutDown { .. }
         | Command::Stop => true,
         Command::Device { command, .. } => DeviceHandle::is_question(command),

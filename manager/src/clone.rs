@@ -174,8 +174,8 @@ impl Manager {
         finished
     }
 
-    /// Makes the folder of a machine that is copied, and keeps other commands from removing it.
-    fn begin(&self, name: &MachineName) -> Result<NewFolder, Error> {
+    /// Makes the folder of a machine that is copied or arrives, and keeps other commands from removing it.
+    pub(crate) fn begin(&self, name: &MachineName) -> Result<NewFolder, Error> {
         let _all = self.lock_all()?;
         if let Some(found) = self.find_folded(name)? {
             return Err(Error::Exists { found });
@@ -190,7 +190,7 @@ impl Manager {
             result => result.map_err(Error::file("create", &folder))?,
         }
         Ok(NewFolder {
-            _change: Change::of_new(&folder)?,
+            change: Change::of_new(&folder)?,
             folder,
         })
     }
@@ -300,11 +300,18 @@ impl Machine {
     }
 }
 
-/// The folder of a machine that is being copied.
-struct NewFolder {
+/// The folder of a machine that is being copied or arrives.
+pub(crate) struct NewFolder {
     folder: PathBuf,
     /// Says to other commands that somebody is at work.
-    _change: Change,
+    change: Change,
+}
+
+impl NewFolder {
+    /// Keeps the right to change the machine, without what is known of the folder.
+    pub(crate) fn into_change(self) -> Change {
+        self.change
+    }
 }
 
 /// Has what the guest writes lead to sockets and files in `home`. Returns where each was, and where it is.

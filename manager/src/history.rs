@@ -36,6 +36,8 @@ pub enum RunOrigin {
     Restored,
     /// A snapshot.
     Reverted,
+    /// Another process or host, from which it has moved.
+    Migrated,
 }
 
 /// The end of a run.
@@ -116,7 +118,7 @@ impl fmt::Display for EndReason {
             EndReason::Number(number) => return write!(f, "ended with the number {number}"),
             EndReason::Halted => "halted",
             EndReason::Destroyed => "destroyed",
-            EndReason::Moved => "moved",
+            EndReason::Moved => "migrated",
             EndReason::Saved => "saved",
             EndReason::Reverted => "reverted",
             EndReason::HostError => "host error",

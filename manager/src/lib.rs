@@ -27,6 +27,7 @@
 
 #![forbid(unsafe_code)]
 
+mod arrival;
 mod autostart;
 mod clone;
 mod commands;
@@ -58,6 +59,7 @@ mod store;
 mod sysprep;
 mod usage;
 
+pub use arrival::{ArrivingMachine, Definition};
 pub use clone::{CloneStorage, ClonedMachine};
 pub use definition::{RestartPolicy, Settings, defaults, machine_file, parse_machine_file};
 pub use domain::DocumentedMachine;

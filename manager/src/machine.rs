@@ -142,11 +142,24 @@ impl Drop for Change {
     }
 }
 
+impl Change {
+    /// Has the right that comes with a lock, which is held.
+    pub(crate) fn of(lock: File) -> Change {
+        Change { _lock: lock }
+    }
+}
+
 impl Machine {
     /// Returns the machine, whether it exists or not.
     pub(crate) fn at(folders: &Folders, name: MachineName) -> Machine {
+        let folder = folders.of_machine(&name);
+        Machine::in_folder(folders, name, folder)
+    }
+
+    /// Returns the machine of this name that is kept in `folder`.
+    pub(crate) fn in_folder(folders: &Folders, name: MachineName, folder: PathBuf) -> Machine {
         Machine {
-            folder: folders.of_machine(&name),
+            folder,
             runtime: folders.runtime_of(&name),
             folders: folders.clone(),
             name,

@@ -21,7 +21,7 @@ use crate::provision::Provision;
 use crate::states::states;
 
 /// Begins the name of the folder of a machine that is being made.
-const NEW: &str = ".new-";
+pub(crate) const NEW: &str = ".new-";
 /// Begins the name of the folder of a machine that is being removed.
 const GONE: &str = ".gone-";
 /// The lock of the folder of all machines.
@@ -185,6 +185,10 @@ impl Manager {
             return Err(Error::Exists { found });
         }
         let new = self.new_folder(name);
+        if new.exists() {
+            let found = name.to_string();
+            return Err(Error::Exists { found });
+        }
         fs::create_dir(&new).map_err(Error::file("create", &new))?;
         let made = Settings::new(restart)
             .and_then(|mut settings| {
@@ -290,6 +294,10 @@ impl Manager {
             // Only the case of its letters changes.
             Some(found) if found == machine.name().as_str() && found != name.as_str() => {}
             Some(found) => return Err(Error::Exists { found }),
+            None if self.new_folder(name).exists() => {
+                let found = name.to_string();
+                return Err(Error::Exists { found });
+            }
             None => {}
         }
         let has_own_files = machine.make_own_paths_relative()?;
@@ -425,9 +433,12 @@ impl Manager {
     }
 }
 
-/// Whether a command is at work on a machine whose folder is not complete.
+/// Whether a command is at work on a machine whose folder is not complete, or the process of a machine that arrives.
 fn is_being_made(folder: &Path) -> bool {
-    let lock = File::open(folder.join(file::LOCK));
-    lock.and_then(|lock| lock::is_locked(&lock, Purpose::Change))
-        .unwrap_or(false)
+    let Ok(lock) = File::open(folder.join(file::LOCK)) else {
+        return false;
+    };
+    [Purpose::Change, Purpose::Life]
+        .into_iter()
+        .any(|purpose| lock::is_locked(&lock, purpose).unwrap_or(false))
 }

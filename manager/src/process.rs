@@ -52,21 +52,27 @@ impl MachineProcess {
         name: MachineName,
         origin: RunOrigin,
     ) -> Result<MachineProcess, Error> {
-        let machine = Machine::at(folders, name);
+        let machine = Machine::at(folders, name.clone());
+        let present = match origin {
+            RunOrigin::Migrated => Machine::arriving(folders, name),
+            _ => machine.clone(),
+        };
         let input = io::stdin();
         let input = std::os::fd::AsFd::as_fd(&input).try_clone_to_owned();
         let input = input.map_err(Error::io("use the lock of the machine"))?;
         // This is the same open file, so it is no change if the caller has the lock.
         let is_owner = lock::try_lock(&input.into(), Purpose::Life);
-        if !is_owner.unwrap_or(false) || !machine.is_active()? {
+        if !is_owner.unwrap_or(false) || !present.is_active()? {
             let reason = format!("start it by `bantam start {}`", machine.name());
             return Err(machine.refused("run", reason));
         }
         // It fails only for a process that has a session of its own already.
         let _ = setsid();
         let run = Run::new(origin);
-        let policy = machine.settings()?.restart;
-        machine.write_run(&run)?;
+        let policy = present.settings()?.restart;
+        if origin != RunOrigin::Migrated {
+            machine.write_run(&run)?;
+        }
         Ok(MachineProcess {
             machine,
             group: None,
@@ -86,12 +92,28 @@ impl MachineProcess {
     /// # Errors
     /// If the machine file cannot be read, or the host does not let the process be limited so.
     pub fn limit(&mut self) -> Result<(), Error> {
-        self.group = self.machine.enter_control_group()?;
+        let machine = &self.machine;
+        self.group = match self
+            .run
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .origin
+        {
+            RunOrigin::Migrated => {
+                Machine::arriving(&machine.folders, machine.name().clone()).enter_control_group()?
+            }
+            _ => machine.enter_control_group()?,
+        };
         Ok(())
     }
 
     /// Tells the command that waits for it that the guest runs. Only the first call does anything.
     pub fn say_running(&self) {
+        let run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
+        if run.origin == RunOrigin::Migrated {
+            self.write(&run);
+        }
+        drop(run);
         self.answer(format_args!("{RUNNING}"));
     }
 
@@ -131,7 +153,10 @@ impl MachineProcess {
     fn end(&self, reason: EndReason, detail: Option<String>) {
         let mut run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
         run.end = Some(RunEnd::now(reason, detail));
-        self.write(&run);
+        // One that has not arrived has no history.
+        if self.machine.exists() {
+            self.write(&run);
+        }
     }
 
     /// Notes that the machine is started again.
@@ -177,6 +202,9 @@ impl MachineProcess {
             return;
         }
         let machine = &self.machine;
+        if !machine.exists() {
+            Machine::arriving(&machine.folders, machine.name().clone()).forget_arrival();
+        }
         let runtime = machine.runtime();
         let removed = files::remove_folder(runtime).map_err(Error::file("remove", runtime));
         let removed = removed.and_then(|()| match machine.is_transient() {

@@ -111,6 +111,7 @@ impl Machine {
             &change,
             &Launch {
                 from: Some((&directory, RunOrigin::Restored)),
+                ..Launch::default()
             },
         )
     }

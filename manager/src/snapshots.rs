@@ -372,6 +372,7 @@ impl Machine {
                 &change,
                 &Launch {
                     from: Some((&folder, RunOrigin::Reverted)),
+                    ..Launch::default()
                 },
             )?;
         }

@@ -3,11 +3,14 @@
 use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::{env, fs};
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 use crate::error::Error;
 use crate::files;
@@ -25,10 +28,12 @@ pub struct StartOptions {
 }
 
 /// What the process of a machine is told on its command line.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Launch<'a> {
     /// The directory of the state that it goes on from, and what that is.
     pub(crate) from: Option<(&'a Path, RunOrigin)>,
+    /// The connection by which it arrives.
+    pub(crate) connection: Option<OwnedFd>,
 }
 
 impl Machine {
@@ -74,6 +79,7 @@ impl Machine {
             change,
             &Launch {
                 from: goes_on.then_some((save.as_path(), RunOrigin::Restored)),
+                ..Launch::default()
             },
         )?;
         if has_save {
@@ -143,6 +149,12 @@ impl Machine {
             if origin == RunOrigin::Reverted {
                 command.arg("--reverted");
             }
+        }
+        if let Some(connection) = &launch.connection {
+            // The process closes all other descriptors that it inherits.
+            fcntl(connection, FcntlArg::F_SETFD(FdFlag::empty()))?;
+            let number = connection.as_raw_fd().to_string();
+            command.arg("--connection").arg(number);
         }
         command.stdin(lock).stdout(answering).stderr(log);
         command.current_dir("/");

@@ -61,6 +61,14 @@ impl Connection {
         })
     }
 
+    /// Returns the socket, for another process. Nothing of the stream is kept here.
+    ///
+    /// # Errors
+    /// If the host is out of descriptors.
+    pub(crate) fn into_descriptor(self) -> io::Result<OwnedFd> {
+        Ok(self.socket().try_clone()?.into())
+    }
+
     /// Returns what breaks the connection off.
     pub fn breaker(&self) -> Breaker {
         Breaker(self.shared.clone())

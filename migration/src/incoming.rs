@@ -1,5 +1,7 @@
 //! The end that gets the machine.
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use bantam_memory::{GuestBuffers, GuestMemory, PAGE_SIZE};
@@ -14,6 +16,7 @@ use crate::{Breaker, Connection, MigrationError};
 pub struct Incoming {
     connection: Connection,
     offer: StateFile,
+    is_trial: bool,
 }
 
 impl Incoming {
@@ -24,7 +27,7 @@ impl Incoming {
     pub fn new(connection: Connection) -> Result<Incoming, MigrationError> {
         connection.greet()?;
         let head = connection.receive_head()?;
-        if head.kind != Kind::Offer {
+        if !matches!(head.kind, Kind::Offer | Kind::Trial) {
             return Err(unexpected(head));
         }
         let offer = connection.receive_state(head);
@@ -34,6 +37,7 @@ impl Incoming {
         }
         Ok(Incoming {
             offer: offer?,
+            is_trial: head.kind == Kind::Trial,
             connection,
         })
     }
@@ -41,6 +45,36 @@ impl Incoming {
     /// Returns what the machine was when it was offered.
     pub fn offer(&self) -> &StateFile {
         &self.offer
+    }
+
+    /// Returns the socket and the offer, for another process, which goes on with [`Incoming::handed_on`].
+    ///
+    /// # Errors
+    /// If the host is out of descriptors.
+    pub fn hand_on(self) -> io::Result<(OwnedFd, StateFile)> {
+        Ok((self.connection.into_descriptor()?, self.offer))
+    }
+
+    /// Goes on with a migration whose offer another process has received.
+    pub fn handed_on(connection: Connection, offer: StateFile) -> Incoming {
+        Incoming {
+            connection,
+            offer,
+            is_trial: false,
+        }
+    }
+
+    /// Returns whether the source only asks if this end would accept the machine.
+    pub fn is_trial(&self) -> bool {
+        self.is_trial
+    }
+
+    /// Tells a source that only asks that this end would accept the machine.
+    ///
+    /// # Errors
+    /// If the connection fails.
+    pub fn would_accept(&self) -> Result<(), MigrationError> {
+        self.connection.send_message(Kind::Accepted, &[])
     }
 
     /// Returns what breaks the connection off.
@@ -231,12 +265,12 @@ mod tests {
         fn a_source_that_sends_anything_is_refused_or_heard(
             offers: bool,
             messages in prop::collection::vec(
-                (0..13_u32, prop::collection::vec(any::<u8>(), 0..40), any::<Option<u32>>()),
+                (0..14_u32, prop::collection::vec(any::<u8>(), 0..40), any::<Option<u32>>()),
                 0..8,
             ),
         ) {
             let (mut source, receiver) = UnixStream::pair().unwrap();
-            let mut bytes = b"BANTAMMG\x01\0\0\0".to_vec();
+            let mut bytes = b"BANTAMMG\x02\0\0\0".to_vec();
             if offers {
                 let mut offer = Vec::new();
                 state().write_to(&mut offer).unwrap();
@@ -257,11 +291,48 @@ mod tests {
     }
 
     #[test]
+    fn another_process_goes_on_with_an_offer() {
+        let [source, receiver] = ends();
+        let receiving = thread::spawn(move || {
+            let (socket, offer) = Incoming::new(receiver).unwrap().hand_on().unwrap();
+            let mut incoming = Incoming::handed_on(Connection::new(socket).unwrap(), offer);
+            incoming.receive(&memory()).unwrap();
+            incoming.take_over().unwrap();
+            incoming.confirm();
+        });
+        let mut outgoing = Outgoing::offer(source, &state()).unwrap();
+        outgoing.send_state(&state()).unwrap();
+        assert!(matches!(outgoing.hand_over(true), HandOver::Done));
+        receiving.join().unwrap();
+    }
+
+    #[test]
+    fn a_trial_is_answered_and_sends_nothing_else() {
+        for refusal in [None, Some("there is no room")] {
+            let [source, receiver] = ends();
+            let answering = thread::spawn(move || {
+                let incoming = Incoming::new(receiver).unwrap();
+                assert!(incoming.is_trial());
+                match refusal {
+                    None => incoming.would_accept().unwrap(),
+                    Some(reason) => incoming.refuse(reason),
+                }
+            });
+            let answer = Outgoing::try_offer(&source, &state());
+            answering.join().unwrap();
+            match refusal {
+                None => answer.unwrap(),
+                Some(reason) => assert!(answer.unwrap_err().to_string().contains(reason)),
+            }
+        }
+    }
+
+    #[test]
     fn another_program_and_another_version_are_named() {
         for (greeting, expected) in [
             (
-                b"BANTAMMG\x02\0\0\0".as_slice(),
-                "version 2 of the protocol",
+                b"BANTAMMG\x03\0\0\0".as_slice(),
+                "version 3 of the protocol",
             ),
             (b"GET / HTTP/1.1\r\n", "is not a migration of Bantam"),
             (b"", "has closed"),

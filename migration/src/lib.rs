@@ -1,7 +1,7 @@
 //! The stream by which a running machine moves to another process or host. It knows no machine.
 //!
 //! The **source** has the machine; the **receiver** has made room for it. They have one connection, a stream
-//! socket ([`Connection`]). Each begins with the 8 bytes `BANTAMMG` and the version of the protocol, 1, as a
+//! socket ([`Connection`]). Each begins with the 8 bytes `BANTAMMG` and the version of the protocol, 2, as a
 //! little-endian number of 4 bytes. All that follows is messages: the kind and the length of the body in
 //! bytes, each a little-endian number of 4 bytes, and the body.
 //!
@@ -18,6 +18,7 @@
 //! | 9 | source | take over | 1 byte: 1 if the machine is to run, 0 if it is to stay paused |
 //! | 10 | receiver | taken over | none |
 //! | 11 | both | failed | the reason, in UTF-8 |
+//! | 12 | source | trial | as that of an offer. The receiver checks it, and answers as if it were one. That is all |
 //!
 //! A page that the source has not sent is zero. The source sends all pages that are not, and then, round after
 //! round, those that the machine has written meanwhile, until few are left. It lets the machine stand still,
@@ -39,4 +40,4 @@ pub use address::Address;
 pub use connection::{Breaker, Connection};
 pub use error::MigrationError;
 pub use incoming::Incoming;
-pub use outgoing::{HandOver, Outgoing, Zeroes};
+pub use outgoing::{Counters, HandOver, Outgoing, Zeroes};

@@ -5,7 +5,7 @@ use bantam_snapshot::StateFile;
 use crate::{Connection, MigrationError};
 
 const MAGIC: [u8; 8] = *b"BANTAMMG";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// What errors call the state of a machine.
 const NAME: &str = "migration";
 /// Largest state in bytes. Most machines have some hundred KiB.
@@ -31,9 +31,10 @@ pub(crate) enum Kind {
     TakeOver,
     TakenOver,
     Failed,
+    Trial,
 }
 
-const KINDS: [Kind; 11] = [
+const KINDS: [Kind; 12] = [
     Kind::Offer,
     Kind::Accepted,
     Kind::Pages,
@@ -45,6 +46,7 @@ const KINDS: [Kind; 11] = [
     Kind::TakeOver,
     Kind::TakenOver,
     Kind::Failed,
+    Kind::Trial,
 ];
 
 impl Kind {
@@ -59,7 +61,7 @@ impl Kind {
     /// Whether a message of this kind can have a body of this length.
     fn takes(self, len: usize) -> bool {
         match self {
-            Kind::Offer | Kind::State => len <= MAX_STATE as usize,
+            Kind::Offer | Kind::Trial | Kind::State => len <= MAX_STATE as usize,
             Kind::Pages => {
                 let pages = len.saturating_sub(ADDRESS);
                 (1..=MAX_PAGES).contains(&pages)
@@ -204,7 +206,7 @@ mod tests {
     #[test]
     fn each_kind_has_the_number_of_the_documentation() {
         let numbers: Vec<_> = KINDS.into_iter().map(Kind::number).collect();
-        assert_eq!(numbers, (1..=11).collect::<Vec<_>>());
+        assert_eq!(numbers, (1..=12).collect::<Vec<_>>());
     }
 
     proptest! {

@@ -1,6 +1,7 @@
 //! The end that has the machine.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bantam_memory::{GuestBuffers, GuestMemory, PAGE_SIZE, PageSet};
 use bantam_snapshot::StateFile;
@@ -27,11 +28,30 @@ pub enum HandOver {
     Unknown(MigrationError),
 }
 
+/// How much memory a source has dealt with, for other threads to watch.
+#[derive(Debug, Default)]
+pub struct Counters {
+    sent: AtomicU64,
+    passed: AtomicU64,
+}
+
+impl Counters {
+    /// Returns how many bytes of memory have been sent.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// Returns the length of all pages that have been dealt with, in bytes: those that were sent and those of zeroes.
+    pub fn passed(&self) -> u64 {
+        self.passed.load(Ordering::Relaxed)
+    }
+}
+
 /// The source's end of a migration.
 #[derive(Debug)]
 pub struct Outgoing {
     connection: Connection,
-    sent: u64,
+    counters: Arc<Counters>,
 }
 
 impl Outgoing {
@@ -45,13 +65,23 @@ impl Outgoing {
         connection.expect(Kind::Accepted)?;
         Ok(Outgoing {
             connection,
-            sent: 0,
+            counters: Arc::default(),
         })
     }
 
-    /// Returns how many bytes of memory have been sent.
-    pub fn sent(&self) -> u64 {
-        self.sent
+    /// Asks whether the receiver would accept a machine. It goes on waiting for one afterwards.
+    ///
+    /// # Errors
+    /// If it would refuse, or the connection fails.
+    pub fn try_offer(connection: &Connection, state: &StateFile) -> Result<(), MigrationError> {
+        connection.greet()?;
+        connection.send_state(Kind::Trial, state)?;
+        connection.expect(Kind::Accepted)
+    }
+
+    /// Returns how much memory has been dealt with.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
     }
 
     /// Sends `pages` of `memory`.
@@ -78,6 +108,9 @@ impl Outgoing {
                     (true, Zeroes::Send) => self.send_zeroes(address, len)?,
                     (true, Zeroes::LeaveOut) => {}
                 }
+                self.counters
+                    .passed
+                    .fetch_add(len as u64, Ordering::Relaxed);
                 page = next;
             }
         }
@@ -99,7 +132,7 @@ impl Outgoing {
         head[8..].copy_from_slice(&address.0.to_le_bytes());
         self.connection.send(&head)?;
         self.connection.send_buffers(&mut buffers)?;
-        self.sent += len as u64;
+        self.counters.sent.fetch_add(len as u64, Ordering::Relaxed);
         Ok(())
     }
 

@@ -3,8 +3,9 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,7 @@ use bantam_vmm::config::{MachineConfig, SerialConfig, VsockConfig};
 use bantam_vmm::{
     Arrival, AtTimeout, Controller, Error, ExitReason, MigrationConnection, MigrationOptions, State,
 };
+use nix::pty::openpty;
 use nix::sys::signal::Signal;
 
 /// How long anything may take that is waited for.
@@ -195,9 +197,14 @@ fn relay(mut from: UnixStream, mut to: UnixStream, limit: usize) -> JoinHandle<u
 }
 
 /// Passes on what comes from `from`, a few MiB a second.
-fn slow_relay(mut from: UnixStream, mut to: UnixStream) -> JoinHandle<()> {
+fn slow_relay(from: UnixStream, to: UnixStream) -> JoinHandle<()> {
+    relay_chunks(from, to, 1 << 14)
+}
+
+/// Passes on what comes from `from`, at most `size` bytes in a millisecond.
+fn relay_chunks(mut from: UnixStream, mut to: UnixStream, size: usize) -> JoinHandle<()> {
     thread::spawn(move || {
-        let mut bytes = [0; 1 << 14];
+        let mut bytes = vec![0; size];
         while let Ok(count @ 1..) = from.read(&mut bytes) {
             thread::sleep(Duration::from_millis(1));
             if to.write_all(&bytes[..count]).is_err() {
@@ -347,7 +354,7 @@ fn a_migration_is_cancelled_at_any_moment() {
         // The other end greets, and then takes nothing.
         let (ours, theirs) = UnixStream::pair().expect("there are descriptors");
         let mut greeting = b"BANTAMMG".to_vec();
-        greeting.extend(1_u32.to_le_bytes());
+        greeting.extend(2_u32.to_le_bytes());
         (&theirs).write_all(&greeting).expect("there is room");
         let source = thread::spawn({
             let machine = machine.clone();
@@ -394,7 +401,8 @@ fn a_guest_that_writes_faster_than_it_is_copied_stays_or_stands_still() {
     let mut options = MigrationOptions {
         downtime: Duration::ZERO,
         timeout: Duration::from_millis(200),
-        at_timeout: AtTimeout::Cancel,
+        max_throttle: 0,
+        ..MigrationOptions::default()
     };
     let attempt = |options: &MigrationOptions, number| {
         let (ours, near) = UnixStream::pair().expect("there are descriptors");
@@ -419,6 +427,181 @@ fn a_guest_that_writes_faster_than_it_is_copied_stays_or_stands_still() {
     counts(&there.unwrap_or_else(|error| panic!("{error}")), counters);
 }
 
+#[test]
+fn others_see_how_far_a_migration_is() {
+    require_kvm!();
+    let folder = memory_folder();
+    let (machine, _reader, counters) = counting(&config(1, "timer=deadline pages=64"));
+    assert_eq!(machine.migration_progress(), None);
+    let (ours, near) = UnixStream::pair().expect("there are descriptors");
+    let (theirs, far) = UnixStream::pair().expect("there are descriptors");
+    let clone = |it: &UnixStream| it.try_clone().expect("there are descriptors");
+    slow_relay(clone(&near), clone(&far));
+    slow_relay(far, near);
+    let (source, receiver) = ends_of(&machine, ours, theirs, folder.path(), 1);
+    let mut seen = Vec::new();
+    while !source.is_finished() {
+        seen.extend(machine.migration_progress());
+        thread::sleep(Duration::from_millis(2));
+    }
+    source.join().expect("it does not panic").expect("it moves");
+    assert_eq!(machine.migration_progress(), None);
+    let there = receiver.join().expect("it does not panic");
+    counts(&there.unwrap_or_else(|error| panic!("{error}")), counters);
+
+    assert!(seen.len() > 2, "{seen:?}");
+    for pair in seen.windows(2) {
+        assert!(pair[0].time <= pair[1].time, "{pair:?}");
+        assert!(pair[0].rounds <= pair[1].rounds, "{pair:?}");
+        assert!(pair[0].sent <= pair[1].sent, "{pair:?}");
+        if pair[0].rounds == pair[1].rounds {
+            assert!(pair[0].remaining >= pair[1].remaining, "{pair:?}");
+        }
+    }
+    assert!(seen.iter().all(|it| it.remaining <= 16 << 20), "{seen:?}");
+    let is_sending = |it: &&bantam_vmm::MigrationProgress| it.rounds > 0 && it.remaining > 0;
+    assert!(seen.iter().any(|it| is_sending(&it)), "{seen:?}");
+    let last = seen.last().expect("there are some");
+    assert!(last.sent > 1 << 18 && last.rate > 1 << 16, "{last:?}");
+    assert!(last.expected_downtime.is_some(), "{last:?}");
+}
+
+/// Moves `machine` to another, and has `look` see the kind of each message of the receiver before the source gets it.
+fn both_ends_watched(
+    machine: &Controller,
+    folder: &Path,
+    number: usize,
+    mut look: impl FnMut(u32) + Send + 'static,
+) -> Ends {
+    let (ours, mut near) = UnixStream::pair().expect("there are descriptors");
+    let (theirs, mut far) = UnixStream::pair().expect("there are descriptors");
+    let clone = |it: &UnixStream| it.try_clone().expect("there are descriptors");
+    relay(clone(&near), clone(&far), usize::MAX);
+    thread::spawn(move || -> std::io::Result<()> {
+        let mut greeting = [0; 12];
+        far.read_exact(&mut greeting)?;
+        near.write_all(&greeting)?;
+        loop {
+            let mut head = [0; 8];
+            far.read_exact(&mut head)?;
+            look(u32::from_le_bytes([head[0], head[1], head[2], head[3]]));
+            near.write_all(&head)?;
+        }
+    });
+    ends_of(machine, ours, theirs, folder, number)
+}
+
+const ACCEPTED: u32 = 2;
+const READY: u32 = 8;
+
+#[test]
+fn nobody_lets_a_machine_run_between_its_last_state_and_its_hand_over() {
+    require_kvm!();
+    let folder = memory_folder();
+    let (mut machine, _reader, counters) = counting(&config(1, "timer=deadline"));
+    let mut refusals = 0;
+    for number in 1..=rounds() {
+        let (tell, told) = mpsc::channel();
+        let look = move |kind| {
+            if kind == READY {
+                // The test may have ended.
+                let _ = tell.send(());
+                thread::sleep(Duration::from_millis(1));
+            }
+        };
+        let (source, receiver) = both_ends_watched(&machine, folder.path(), number, look);
+        told.recv_timeout(PATIENCE).expect("it arrives");
+        while !source.is_finished() {
+            let refused = machine.resume();
+            assert!(refused.is_err(), "it runs at both ends");
+            refusals += 1;
+        }
+        let moved = source.join().expect("it does not panic");
+        moved.unwrap_or_else(|error| panic!("{error}"));
+        let there = receiver.join().expect("it does not panic");
+        machine = there.unwrap_or_else(|error| panic!("{error}"));
+        counts(&machine, counters);
+    }
+    assert!(refusals > rounds(), "{refusals}");
+}
+
+#[test]
+fn a_machine_that_is_resumed_while_it_is_offered_arrives_with_all_pages() {
+    require_kvm!();
+    let folder = memory_folder();
+    let (machine, _reader, counters) = counting(&config(1, "timer=deadline pages=256"));
+    let memory = machine.memory().expect("it runs");
+    machine.pause().expect("it can be paused");
+    let look = {
+        let machine = machine.clone();
+        move |kind| {
+            if kind == ACCEPTED {
+                machine.resume().expect("it is paused");
+                counts(&machine, counters);
+            }
+        }
+    };
+    let (source, receiver) = both_ends_watched(&machine, folder.path(), 1, look);
+    let moved = source.join().expect("it does not panic");
+    moved.unwrap_or_else(|error| panic!("{error}"));
+    let there = receiver.join().expect("it does not panic");
+    let there = there.unwrap_or_else(|error| panic!("{error}"));
+    let arrived = there.memory().expect("it is there");
+    assert_eq!(
+        counters.processors(&arrived, 1),
+        counters.processors(&memory, 1)
+    );
+    there.resume().expect("it arrives as it was: paused");
+    // Each page has what its counter says, or this fails.
+    counts(&there, counters);
+}
+
+#[test]
+fn a_guest_that_writes_too_fast_is_slowed_down_until_it_can_move() {
+    require_kvm!();
+    let folder = memory_folder();
+    let (machine, _reader, counters) = counting(&config(1, "timer=deadline pages=256"));
+    let begin = |downtime, size, number| {
+        let (ours, near) = UnixStream::pair().expect("there are descriptors");
+        let (theirs, far) = UnixStream::pair().expect("there are descriptors");
+        let clone = |it: &UnixStream| it.try_clone().expect("there are descriptors");
+        relay_chunks(clone(&near), clone(&far), size);
+        relay_chunks(far, near, size);
+        let folder = folder.path().to_path_buf();
+        let receiver = thread::spawn(move || arrive(connection(theirs), &folder, number, None));
+        let options = MigrationOptions {
+            downtime,
+            ..MigrationOptions::default()
+        };
+        let machine = machine.clone();
+        let source = thread::spawn(move || machine.migrate(connection(ours), &options));
+        (source, receiver)
+    };
+    // A round takes so long that the guest writes to all its pages even if it runs for a tenth of the time.
+    let (source, receiver) = begin(Duration::ZERO, 1 << 12, 1);
+    wait_until("it is slow", || {
+        let progress = machine.migration_progress();
+        progress.is_some_and(|it| it.throttle >= 70)
+    });
+    // A machine that is slowed down can be paused.
+    machine.pause().expect("it runs");
+    machine.resume().expect("it is paused");
+    machine.cancel_migration();
+    let cancelled = source.join().expect("it does not panic");
+    cancelled.expect_err("it is cancelled");
+    drop(receiver.join().expect("it does not panic"));
+    assert_eq!(machine.migration_progress(), None);
+    counts(&machine, counters);
+
+    let (source, receiver) = begin(Duration::from_millis(30), 1 << 14, 2);
+    let migrated = source.join().expect("it does not panic");
+    let migrated = migrated.unwrap_or_else(|error| panic!("{error}"));
+    assert!((20..=99).contains(&migrated.throttle), "{migrated:?}");
+    let there = receiver.join().expect("it does not panic");
+    let there = there.unwrap_or_else(|error| panic!("{error}"));
+    counts(&there, counters);
+}
+
 /// A machine in a process of its own, whose guest ends well once it has moved.
 struct Source {
     running: Running,
@@ -427,10 +610,15 @@ struct Source {
 
 impl Source {
     fn start(bantam: Bantam) -> Source {
+        Source::start_until("generation ", bantam)
+    }
+
+    /// The same for a guest that prints `text` when it is ready.
+    fn start_until(text: &str, bantam: Bantam) -> Source {
         let folder = tempfile::tempdir().expect("there is room");
         let socket = folder.path().join("source.sock");
         let running = bantam.option("--control", &socket).start();
-        running.wait_for_output("generation ");
+        running.wait_for_output(text);
         Source { running, folder }
     }
 
@@ -467,6 +655,65 @@ fn a_machine_moves_to_another_process() {
     );
     source.running.wait().has_status(0);
     receiver.wait().passed();
+}
+
+/// Passes what comes at one Unix socket on to another, a few MiB a second, once.
+fn slow_relay_between(from: &Path, to: &Path) {
+    let listener = UnixListener::bind(from).expect("it is a new path");
+    let to = to.to_path_buf();
+    thread::spawn(move || {
+        let (near, _) = listener.accept().expect("the source connects");
+        let far = UnixStream::connect(to).expect("the receiver listens");
+        let clone = |it: &UnixStream| it.try_clone().expect("there are descriptors");
+        slow_relay(clone(&near), clone(&far));
+        slow_relay(far, near);
+    });
+}
+
+#[test]
+fn a_terminal_shows_how_far_a_migration_is() {
+    require_kvm!();
+    let guest = Bantam::payload("count").append("timer=deadline pages=256");
+    let source = Source::start_until("counting at ", guest);
+    let path = |name: &str| source.folder.path().join(name);
+    let receiver = source.receive(&format!("unix:{}", path("move.sock").display()));
+    let receiver = receiver.start();
+    wait_until("it listens", || path("move.sock").exists());
+    slow_relay_between(&path("slow.sock"), &path("move.sock"));
+    let ask = || {
+        Bantam::new(["migrate", "--progress", "--output", "json"])
+            .argument(path("source.sock"))
+            .finish()
+    };
+    assert_eq!(ask().text(), "null\n");
+    let terminal = openpty(None, None).expect("there are pseudoterminals");
+    let migration = Bantam::new(["migrate", "--output", "json", "--downtime", "1ms"])
+        .option("--timeout", "1s")
+        .option("--at-timeout", "stop")
+        .argument(path("source.sock"))
+        .argument(format!("unix:{}", path("slow.sock").display()))
+        .stderr(terminal.slave)
+        .start();
+    let mut progress = serde_json::Value::Null;
+    wait_until("memory is sent", || {
+        let asked = ask();
+        progress = serde_json::from_str(&asked.text()).expect("it is JSON");
+        progress["sent"].as_u64() > Some(0)
+    });
+    assert!(progress["rounds"].as_u64() > Some(0), "{progress}");
+    let migrated = migration.wait();
+    let summary: serde_json::Value = serde_json::from_str(&migrated.text()).expect("it is JSON");
+    for key in ["time", "downtime", "sent", "rounds"] {
+        assert!(!summary[key].is_null(), "{summary}");
+    }
+    let mut shown = [0; 1 << 14];
+    let count = nix::unistd::read(&terminal.master, &mut shown).expect("it was written to");
+    let shown = String::from_utf8_lossy(&shown[..count]);
+    assert!(shown.contains("MiB/s"), "{shown:?}");
+    assert!(shown.ends_with("\r\u{1b}[K"), "{shown:?}");
+    source.running.wait().has_status(0);
+    receiver.signal(Signal::SIGTERM);
+    receiver.wait();
 }
 
 #[test]
@@ -522,6 +769,58 @@ fn a_machine_stays_if_the_receiver_cannot_run_it_or_is_killed() {
 
     let receiver = source.receive(&address).start();
     wait_until("it listens", is_there);
+    source.migrate(&address).has_status(0);
+    source.running.wait().has_status(0);
+    receiver.wait().passed();
+}
+
+#[test]
+fn a_dry_run_asks_and_changes_nothing() {
+    require_kvm!();
+    let folder = tempfile::tempdir().expect("there is room");
+    let image = folder.path().join("disk");
+    let made = File::create(&image).and_then(|file| file.set_len(1 << 20));
+    made.expect("there is room");
+    let source = Source::start(Bantam::payload("generation").disk(&image, ""));
+    let path = |name: &str| source.folder.path().join(name);
+    let address = format!("unix:{}", path("move.sock").display());
+    let ask = |address: &str| {
+        Bantam::new(["migrate", "--dry-run"])
+            .argument(path("source.sock"))
+            .argument(address)
+            .finish()
+    };
+    ask(&address).failed_with_one_line();
+    let receiver = source.receive(&address);
+    let receiver = receiver.option("--disk", "disk0=/nowhere/disk").start();
+    wait_until("it listens", || path("move.sock").exists());
+    for _ in 0..2 {
+        let refused = ask(&address);
+        let error = refused.failed_with_one_line();
+        assert!(
+            error.contains("cannot find disk '/nowhere/disk'"),
+            "{error}"
+        );
+    }
+    // It goes on waiting, now for the disk that it is to have.
+    let answers = ["a machine could not run here", "cannot find disk"];
+    assert!(
+        answers
+            .iter()
+            .all(|it| receiver.wait_for_error(it).contains(it))
+    );
+    receiver.signal(Signal::SIGKILL);
+    drop(receiver);
+
+    let address = format!("unix:{}", path("next.sock").display());
+    let receiver = source.receive(&address).start();
+    wait_until("it listens", || path("next.sock").exists());
+    for _ in 0..2 {
+        assert_eq!(
+            ask(&address).succeeded().text(),
+            "the machine could run there\n"
+        );
+    }
     source.migrate(&address).has_status(0);
     source.running.wait().has_status(0);
     receiver.wait().passed();

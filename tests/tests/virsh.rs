@@ -440,8 +440,8 @@ fn mistakes_and_what_is_lacking_are_one_line() {
         ("list extra", "unexpected data 'extra'"),
         ("xyz", "unknown command: 'xyz'"),
         (
-            "migrate web qemu+ssh://other/system",
-            "command 'migrate' is not supported by Bantam",
+            "migrate-setspeed web 10",
+            "command 'migrate-setspeed' is not supported by Bantam",
         ),
         (
             "event",

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config::{DeviceName, MachineConfig};
-use crate::controller::{Migrated, MigrationOptions};
+use crate::controller::{Migrated, MigrationOptions, MigrationProgress};
 use crate::snapshot::{SnapshotDisks, SnapshotOptions, SnapshotTaken};
 use crate::state::State;
 
@@ -70,6 +70,8 @@ pub enum Command {
     Migrate(Box<MigrationOrder>),
     /// Ends the migration that is under way: the machine goes on where it is.
     CancelMigration,
+    /// Asks how far the migration is that is under way.
+    MigrationProgress,
     /// Lets a machine go on of which nobody knows whether it was moved. Only for someone who has made sure that it was not.
     TakeBack,
     /// Replaces the metadata that the guest is told.
@@ -91,6 +93,9 @@ pub struct MigrationOrder {
     /// Whether its memory may cross a network where others can read and change it.
     #[serde(default)]
     pub insecure: bool,
+    /// Whether the other end is only asked if it could run the machine, which stays here. The answer is [`Answer::Done`].
+    #[serde(default)]
+    pub dry_run: bool,
     /// How it is moved.
     #[serde(default)]
     pub options: MigrationOptions,
@@ -170,6 +175,8 @@ pub enum Answer {
     Forked(Forked),
     /// Answers [`Command::Migrate`].
     Migrated(Migrated),
+    /// Answers [`Command::MigrationProgress`]; `None` if there is no migration under way.
+    MigrationProgress(Option<MigrationProgress>),
     /// Answers [`Command::Metadata`]; `None` if no metadata has been set yet.
     Metadata(Option<Value>),
     /// Answers [`Command::Metrics`] with what [`MachineMetrics`](crate::MachineMetrics) serializes to.

@@ -3,7 +3,9 @@
 mod arrival;
 mod fork;
 mod migrate;
+mod migration_progress;
 mod snapshot;
+mod throttle;
 mod write_log;
 
 use std::os::fd::BorrowedFd;
@@ -15,7 +17,6 @@ use std::time::{Duration, Instant};
 use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand, PresentImage};
 use bantam_memory::GuestMemory;
 use bantam_metadata::Metadata;
-use bantam_migration::Breaker;
 use bantam_state::Section;
 use bantam_storage::ImageFormat;
 use bantam_usernet::ForwardedPort;
@@ -37,8 +38,11 @@ use crate::metrics::MachineMetrics;
 use crate::run_control::RunControl;
 use crate::state::State;
 
+use migration_progress::UnderWay;
+
 pub use arrival::Arrival;
 pub use migrate::{AtTimeout, Migrated, MigrationOptions};
+pub use migration_progress::MigrationProgress;
 
 /// How long vCPUs may take to leave the guest. A vCPU leaves at once unless the host does not schedule its
 /// thread, or it is accessing a device that waits for the host.
@@ -128,8 +132,11 @@ impl Controller {
                     snapshot,
                 }));
             }
-            Command::Migrate(order) => return Ok(Answer::Migrated(self.migrate_to(&order)?)),
+            Command::Migrate(order) => return self.migrate_to(&order),
             Command::CancelMigration => self.cancel_migration(),
+            Command::MigrationProgress => {
+                return Ok(Answer::MigrationProgress(self.migration_progress()));
+            }
             Command::TakeBack => self.take_back()?,
             Command::PutMetadata(contents) => self.put_metadata(contents)?,
             Command::PatchMetadata(patch) => self.patch_metadata(patch)?,
@@ -594,8 +601,8 @@ struct Inner {
     devices: OnceLock<Weak<DeviceTable>>,
     /// Locked while a snapshot is taken and written, or the machine is forked; before `life`.
     snapshots: Mutex<()>,
-    /// What ends the migration that is under way.
-    migration: Mutex<Option<Breaker>>,
+    /// The migration that is under way.
+    migration: Mutex<Option<Arc<UnderWay>>>,
     /// Whether the machine, which was handed over, ran. It may run elsewhere now.
     handed_over: Mutex<Option<bool>>,
 }

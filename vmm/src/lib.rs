@@ -89,7 +89,9 @@ pub use command::{
     Answer, Command, DiskSnapshot, ForkDescriptors, Forked, MigrationOrder, ShutDown,
 };
 pub use console::Console;
-pub use controller::{Arrival, AtTimeout, Controller, Migrated, MigrationOptions};
+pub use controller::{
+    Arrival, AtTimeout, Controller, Migrated, MigrationOptions, MigrationProgress,
+};
 pub use devices::{Stream, check_disk, disk_files, serve_network_places};
 pub use error::Error;
 pub use events::{Event, Events};

@@ -70,6 +70,8 @@ impl VcpuThreads {
 pub(crate) struct RunControl {
     stopping: AtomicBool,
     pausing: AtomicBool,
+    /// Whether the vCPUs are kept out of the guest for a while, to slow it down.
+    throttled: AtomicBool,
     /// The vCPUs that a debugger keeps out of the guest.
     held: AtomicU32,
     panicked: AtomicBool,
@@ -96,6 +98,7 @@ impl RunControl {
             events,
             stopping: AtomicBool::new(false),
             pausing: AtomicBool::new(false),
+            throttled: AtomicBool::new(false),
             held: AtomicU32::new(0),
             panicked: AtomicBool::new(false),
             outcome: Mutex::new(None),
@@ -157,7 +160,9 @@ impl RunControl {
     }
 
     fn is_held(&self, index: u8) -> bool {
-        self.is_pausing() || self.held.load(Ordering::SeqCst) & (1 << index) != 0
+        self.is_pausing()
+            || self.throttled.load(Ordering::SeqCst)
+            || self.held.load(Ordering::SeqCst) & (1 << index) != 0
     }
 
     /// Takes all `vcpu_count` vCPUs out of the guest. Returns `false`, and lets the vCPUs run on, if they
@@ -350,6 +355,26 @@ impl RunControl {
         if left.is_some_and(|left| left.is_zero() || set.is_err()) {
             self.finish(Ok(ExitReason::Stopped));
         }
+    }
+
+    /// Takes all vCPUs out of the guest, or lets them go on, unless they are paused. Nobody waits until they are out.
+    pub(crate) fn throttle(&self, is_stopped: bool) {
+        let threads = lock(&self.threads);
+        // The threads of a machine that is stopping may have been joined.
+        if self.is_stopping() {
+            return;
+        }
+        self.throttled.store(is_stopped, Ordering::SeqCst);
+        match is_stopped {
+            true => threads.kick_running(),
+            false => self.changed.notify_all(),
+        }
+    }
+
+    /// Whether [`RunControl::throttle`] keeps the vCPUs out of the guest now.
+    #[cfg(test)]
+    pub(crate) fn is_throttled(&self) -> bool {
+        self.throttled.load(Ordering::SeqCst)
     }
 
     /// Keeps vCPUs whose threads start from now on out of the guest until [`RunControl::resume_vcpus`].
@@ -588,6 +613,31 @@ mod tests {
         control.resume_vcpus();
         threads.await_entry(0);
         threads.await_entry(1);
+        control.finish(Ok(ExitReason::Stopped));
+        threads
+            .threads
+            .into_iter()
+            .for_each(|it| it.join().unwrap());
+    }
+
+    #[test]
+    fn a_vcpu_that_is_throttled_can_be_paused_meanwhile() {
+        let control = control();
+        let Some(threads) = Threads::start(&control) else {
+            return;
+        };
+        threads.await_entry(0);
+        control.throttle(true);
+        assert!(control.pause_vcpus(2, TIME));
+        control.throttle(false);
+        threads.assert_held(0);
+        control.throttle(true);
+        control.resume_vcpus();
+        threads.assert_held(1);
+        control.throttle(false);
+        threads.await_entry(0);
+        threads.await_entry(1);
+        control.throttle(true);
         control.finish(Ok(ExitReason::Stopped));
         threads
             .threads

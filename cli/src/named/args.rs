@@ -1,5 +1,6 @@
 //! The command lines for named machines.
 
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use bantam_manager::{MachineName, RestartPolicy};
@@ -576,6 +577,9 @@ pub struct ProcessArgs {
     /// The state is that of a snapshot
     #[arg(long)]
     pub reverted: bool,
+    /// Number of the descriptor of the connection by which the machine arrives
+    #[arg(long)]
+    pub connection: Option<RawFd>,
 }
 
 #[derive(Debug, Args)]

@@ -121,6 +121,7 @@ fn reason(state: MachineState, run: Option<&Run>) -> Option<String> {
                 RunOrigin::Booted => "booted",
                 RunOrigin::Restored => "restored",
                 RunOrigin::Reverted => "from snapshot",
+                RunOrigin::Migrated => "migrated",
             }
             .to_owned(),
         ),

@@ -1,15 +1,16 @@
 //! The process of a named machine.
 
 use std::fs;
-use std::os::fd::RawFd;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
-use bantam_manager::{Folders, Machine, MachineProcess, ProcessLog, RunOrigin};
+use bantam_manager::{Folders, Machine, MachineName, MachineProcess, ProcessLog, RunOrigin};
 use bantam_vmm::ExitReason;
 use bantam_vmm::config::{MachineConfig, OnReboot};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::unistd::close;
 
 use super::args::ProcessArgs;
@@ -22,9 +23,10 @@ use crate::{message, raise_descriptor_limit, reason, report};
 
 /// Runs a named machine until it ends for good.
 pub fn run(args: ProcessArgs) -> ExitCode {
-    close_inherited();
+    let connection = close_inherited(args.connection);
     raise_descriptor_limit();
     let origin = match (&args.from, args.reverted) {
+        (None, _) if connection.is_some() => RunOrigin::Migrated,
         (None, _) => RunOrigin::Booted,
         (Some(_), false) => RunOrigin::Restored,
         (Some(_), true) => RunOrigin::Reverted,
@@ -34,7 +36,7 @@ pub fn run(args: ProcessArgs) -> ExitCode {
         runtime: args.runtime,
         units: None,
     };
-    let mut process = match MachineProcess::enter(&folders, args.name, origin) {
+    let mut process = match MachineProcess::enter(&folders, args.name.clone(), origin) {
         Ok(process) => process,
         Err(error) => {
             report(&error.into());
@@ -42,11 +44,15 @@ pub fn run(args: ProcessArgs) -> ExitCode {
         }
     };
     let log = log::of_process(ProcessLog::of(process.machine()));
-    let from = args.from.as_deref().map(|from| (from, origin));
-    let ended = process
-        .limit()
-        .map_err(anyhow::Error::from)
-        .and_then(|()| run_machine(&process, from, log));
+    let limited = process.limit().map_err(anyhow::Error::from);
+    let prepared = limited.and_then(|()| match connection {
+        Some(connection) => prepare_arrival(folders, args.name, connection),
+        None => prepare(
+            process.machine(),
+            args.from.as_deref().map(|from| (from, origin)),
+        ),
+    });
+    let ended = prepared.and_then(|(config, origin)| run_machine(&process, &config, origin, log));
     if let Err(error) = &ended {
         report(error);
         process.say_failed(&reason(error));
@@ -60,33 +66,42 @@ pub fn run(args: ProcessArgs) -> ExitCode {
 
 /// Closes what this process has inherited beside standard input, output and error: the machine must not keep the pipes and
 /// locks of whoever has started it. Nothing else is open yet.
-fn close_inherited() {
-    let Ok(entries) = fs::read_dir("/proc/self/fd") else {
-        return;
-    };
+/// Returns the descriptor with the number `kept`, if it is one.
+fn close_inherited(kept: Option<RawFd>) -> Option<OwnedFd> {
+    let entries = fs::read_dir("/proc/self/fd").ok()?;
     let numbers: Vec<RawFd> = entries
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .filter(|&number| number > 2)
         .collect();
+    let mut found = None;
     for number in numbers {
+        if Some(number) == kept {
+            // SAFETY: the descriptor was inherited, as it is open and this process has opened none yet but the one by which
+            // the folder was read, which is closed again and was open when this one was. So nothing else in this process
+            // owns it. Each number is listed once.
+            found = Some(unsafe { OwnedFd::from_raw_fd(number) });
+            continue;
+        }
         // The one by which the folder was read is closed already.
         let _ = close(number);
     }
+    // Programs that this process starts must not hold the connection open.
+    found.filter(|it| fcntl(it, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).is_ok())
 }
 
-/// Runs the machine, from a state in a directory if there is one.
+/// Runs the machine.
 fn run_machine(
     process: &MachineProcess,
-    from: Option<(&Path, RunOrigin)>,
+    config: &MachineConfig,
+    origin: Origin,
     log: LargeLog,
 ) -> anyhow::Result<u8> {
     let machine = process.machine();
-    let (config, origin) = prepare(machine, from)?;
     // Commands name files later, and find this process by its open files.
     let confinement = Confinement {
         is_visible: true,
-        ..Confinement::of_machine(&config, None)
+        ..Confinement::of_machine(config, None)
     };
     confinement.enter()?;
     message::start()?;
@@ -96,7 +111,7 @@ fn run_machine(
         restarts_on_reboot: config.on_reboot == OnReboot::Restart,
     };
     tracing::info!("machine '{}' is started", machine.name());
-    run::run(&config, origin, Some(&machine.control_socket()), &owner)
+    run::run(config, origin, Some(&machine.control_socket()), &owner)
 }
 
 fn prepare(
@@ -114,6 +129,20 @@ fn prepare(
     let origin = Origin::Snapshot {
         snapshot: Arc::new(snapshot),
         paused: false,
+    };
+    Ok((config, origin))
+}
+
+/// Returns a machine that arrives from another process or host, with its configuration here.
+fn prepare_arrival(
+    folders: Folders,
+    name: MachineName,
+    connection: OwnedFd,
+) -> anyhow::Result<(MachineConfig, Origin)> {
+    let (arrival, config) = Machine::open_arrival(&folders, &name, connection)?;
+    let origin = Origin::Arrival {
+        arrival: Box::new(arrival),
+        settle: Box::new(move || Machine::settle(&folders, &name)),
     };
     Ok((config, origin))
 }

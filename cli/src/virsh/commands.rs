@@ -2,7 +2,7 @@
 
 use super::Session;
 use super::args::{Arguments, Kind, Opt};
-use super::{domains, help, host, information, networks, snapshots};
+use super::{domains, help, host, information, migrate, networks, snapshots};
 
 /// A command.
 #[derive(Debug)]
@@ -249,6 +249,23 @@ pub const COMMANDS: &[Command] = &[
         "remove the managed save of a domain",
         &[DOMAIN],
         domains::remove_managed_save,
+    ),
+    changes(
+        "migrate",
+        "migrate domain to another host",
+        &[
+            DOMAIN,
+            needed("desturi"),
+            flag("live"),
+            flag("persistent"),
+            flag("undefinesource"),
+            flag("auto-converge"),
+            flag("verbose"),
+            named("dname"),
+            named("timeout"),
+            flag("timeout-suspend"),
+        ],
+        migrate::migrate,
     ),
     changes(
         "net-autostart",

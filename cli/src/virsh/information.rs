@@ -33,6 +33,7 @@ fn reason_of(state: MachineState, run: Option<&Run>) -> (u32, &'static str) {
         MachineState::Paused => (1, "user"),
         MachineState::Running => match run.map(|run| run.origin) {
             Some(RunOrigin::Booted) => (1, "booted"),
+            Some(RunOrigin::Migrated) => (2, "migrated"),
             Some(RunOrigin::Restored) => (3, "restored"),
             Some(RunOrigin::Reverted) => (4, "from snapshot"),
             None => UNKNOWN,

@@ -14,7 +14,7 @@ const LACKING: &str = "allocpages attach-device attach-disk attach-interface bac
     hypervisor-cpu-baseline hypervisor-cpu-compare iface-begin iface-bridge iface-commit iface-define \
     iface-destroy iface-dumpxml iface-edit iface-list iface-mac iface-name iface-rollback iface-start \
     iface-unbridge iface-undefine inject-nmi iothreadadd iothreaddel iothreadinfo iothreadpin iothreadset \
-    lxc-enter-namespace managedsave-define managedsave-dumpxml managedsave-edit maxvcpus memtune metadata migrate \
+    lxc-enter-namespace managedsave-define managedsave-dumpxml managedsave-edit maxvcpus memtune metadata \
     migrate-compcache migrate-getmaxdowntime migrate-getspeed migrate-postcopy migrate-setmaxdowntime \
     migrate-setspeed net-create net-define net-dumpxml net-edit net-event net-name net-port-create \
     net-port-delete net-port-dumpxml net-port-list net-update net-uuid node-memory-tune nodecpumap nodecpustats \

@@ -11,6 +11,7 @@ mod help;
 mod host;
 mod information;
 mod lacking;
+mod migrate;
 mod networks;
 mod snapshots;
 mod table;

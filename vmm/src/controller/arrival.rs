@@ -1,10 +1,15 @@
 //! Receiving a machine from another process or host.
 
+use std::fs::File;
+use std::io::{self, BufReader};
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 
 use bantam_arch::cpuid::Topology;
 use bantam_memory::GuestMemory;
 use bantam_migration::{Connection, Incoming};
+use bantam_snapshot::StateFile;
 
 use super::Controller;
 use crate::config::MachineConfig;
@@ -30,7 +35,10 @@ impl Arrival {
     /// # Errors
     /// If the other end does not offer one, or one that this program does not know.
     pub fn new(connection: Connection) -> Result<Arrival, Error> {
-        let incoming = Incoming::new(connection)?;
+        Arrival::of(Incoming::new(connection)?)
+    }
+
+    fn of(incoming: Incoming) -> Result<Arrival, Error> {
         let read = || -> Result<_, Error> {
             let sections = Sections::read(incoming.offer().sections())?;
             let config = sections.config()?;
@@ -54,6 +62,56 @@ impl Arrival {
         &self.config
     }
 
+    /// Returns what the owner of the machine at the other end says of it ([`MigrationOptions::note`](crate::MigrationOptions::note)).
+    pub fn note(&self) -> Option<&str> {
+        self.sections.note.as_deref()
+    }
+
+    /// Writes the offer to a file at `path`, and returns the connection, for another process of this host that receives the
+    /// machine ([`Arrival::handed_on`]).
+    ///
+    /// # Errors
+    /// If the host refuses the file, or is out of descriptors.
+    pub fn hand_on(self, path: &Path) -> Result<OwnedFd, Error> {
+        let (descriptor, offer) = self
+            .incoming
+            .hand_on()
+            .map_err(Error::resource("a descriptor of the connection"))?;
+        let mut file = File::create(path).map_err(Error::resource("the file of the offer"))?;
+        offer.write_to(&mut file)?;
+        Ok(descriptor)
+    }
+
+    /// Goes on with a machine whose offer another process of this host has written to a file at `path`.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn handed_on(connection: Connection, path: &Path) -> Result<Arrival, Error> {
+        let file = File::open(path).map_err(Error::resource("the file of the offer"))?;
+        let offer = StateFile::read(&mut BufReader::new(file), path)?;
+        Arrival::of(Incoming::handed_on(connection, offer))
+    }
+
+    /// Returns whether the source only asks if the machine could run here ([`Controller::try_migrate`]).
+    pub fn is_trial(&self) -> bool {
+        self.incoming.is_trial()
+    }
+
+    /// Tells a source that only asks whether this host could run the machine in `controller`, which was configured as for
+    /// [`Arrival::receive`]. The machine does not come.
+    ///
+    /// # Errors
+    /// If this host could not run it, or the connection fails.
+    pub fn answer_trial(self, controller: &Controller) -> Result<(), Error> {
+        let check = || {
+            let config = controller.configuration()?;
+            let memory = Arc::new(allocate_memory(&config)?);
+            self.check(controller, &config, &memory)
+        };
+        check().inspect_err(|error| self.incoming.refuse(&error.to_string()))?;
+        Ok(self.incoming.would_accept()?)
+    }
+
     /// Tells the other end that the machine is not taken, for this reason.
     pub fn refuse(self, reason: &str) {
         self.incoming.refuse(reason);
@@ -64,8 +122,24 @@ impl Arrival {
     ///
     /// # Errors
     /// If this host cannot run it, the other end keeps it, or the connection fails. The machine does not run here then.
-    pub fn receive(mut self, controller: &Controller) -> Result<(), Error> {
-        let received = self.build(controller);
+    pub fn receive(self, controller: &Controller) -> Result<(), Error> {
+        self.receive_then(controller, || Ok(()))
+    }
+
+    /// Does the same, and calls `settle` at the moment in which the machine is this end's, before it goes on. If that fails,
+    /// the machine does not run here, and nobody knows at the source that it could go on there ([`Error::HandOver`]).
+    ///
+    /// # Errors
+    /// Those of [`Arrival::receive`], and that of `settle`.
+    pub fn receive_then(
+        mut self,
+        controller: &Controller,
+        settle: impl FnOnce() -> io::Result<()>,
+    ) -> Result<(), Error> {
+        let received = self.build(controller).and_then(|runs| {
+            settle().map_err(Error::resource("a place for the machine"))?;
+            Ok(runs)
+        });
         if let Err(error) = &received {
             self.incoming.refuse(&error.to_string());
             controller.stop();

@@ -4,14 +4,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bantam_memory::{GuestMemory, PAGE_SIZE, PageSet};
-use bantam_migration::{Breaker, Connection, HandOver, Outgoing, Zeroes};
+use bantam_migration::{Connection, HandOver, Outgoing, Zeroes};
 use bantam_snapshot::{Facts, StateFile};
 use serde::{Deserialize, Serialize};
 
 use super::Controller;
+use super::migration_progress::{MigrationProgress, UnderWay};
 use super::snapshot::Parts;
+use super::throttle::Throttle;
 use super::write_log::WriteLog;
-use crate::command::MigrationOrder;
+use crate::command::{Answer, MigrationOrder};
 use crate::config::Seccomp;
 use crate::error::Error;
 use crate::exit_reason::ExitReason;
@@ -25,8 +27,11 @@ const NAME: &str = "migration";
 /// What the last part of a migration takes beside the copying of pages.
 const HAND_OVER_TIME: Duration = Duration::from_millis(5);
 
+/// How often in a row a round has to leave much before the machine is slowed down.
+const PATIENT_ROUNDS: u32 = 2;
+
 /// How a machine is moved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct MigrationOptions {
     /// For how long the guest should stand still at most. It is an aim: how long the pages take that are left when the
@@ -37,6 +42,12 @@ pub struct MigrationOptions {
     pub timeout: Duration,
     /// What is done after that time.
     pub at_timeout: AtTimeout,
+    /// How much of its time the machine may lose at most, in percent, if it writes to its memory faster than that can be
+    /// copied. It is slowed down in steps. 0 lets it run as fast as it can; more than 99 is 99.
+    pub max_throttle: u8,
+    /// What the owner of the machine tells its owner at the other end ([`Arrival::note`](crate::Arrival::note)).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// What is done with a machine that writes to its memory faster than that can be copied.
@@ -56,6 +67,8 @@ impl Default for MigrationOptions {
             downtime: Duration::from_millis(50),
             timeout: Duration::from_secs(120),
             at_timeout: AtTimeout::Cancel,
+            max_throttle: 99,
+            note: None,
         }
     }
 }
@@ -72,6 +85,8 @@ pub struct Migrated {
     pub sent: u64,
     /// How often pages were sent while the machine ran.
     pub rounds: u32,
+    /// How much of its time the machine did not run at the end of that, in percent.
+    pub throttle: u8,
 }
 
 /// What is left to be sent when the machine stands still.
@@ -80,6 +95,7 @@ struct Rest<'a> {
     /// Those that are written from now on; `None` for a machine that stands still already.
     log: Option<WriteLog<'a>>,
     rounds: u32,
+    throttle: u8,
 }
 
 impl Controller {
@@ -98,20 +114,22 @@ impl Controller {
         options: &MigrationOptions,
     ) -> Result<Migrated, Error> {
         let _one_at_a_time = lock(&self.0.snapshots);
-        let _cancel = Cancel::enable(self, connection.breaker());
-        let begun = Instant::now();
+        let under_way = Arc::new(UnderWay::new(connection.breaker()));
+        let _visible = Visible::new(self, &under_way);
         let runs = self.state() == State::Running;
         let parts = self.0.of_machine(ACTION, Parts::of)?;
-        let (offer, _) =
-            self.while_at_rest(false, || self.while_paused(ACTION, |it| self.describe(it)))?;
+        let (offer, _) = self.while_at_rest(false, || {
+            self.while_paused(ACTION, |it| self.describe(it, options.note.clone()))
+        })?;
         let mut outgoing = Outgoing::offer(connection, &offer)?;
+        under_way.begin_copy(outgoing.counters());
         // Its log is dropped when the machine has been handed over, as that takes a while.
-        let rest = self.copy(&mut outgoing, &parts, runs, options);
+        let rest = self.copy(&mut outgoing, &parts, &under_way, runs, options);
         let rest = rest.inspect_err(|error| outgoing.give_up(&error.to_string()))?;
         let stopped = Instant::now();
         let sent_rest = self.while_at_rest(true, || {
             self.while_paused(ACTION, |it| {
-                let sent_rest = self.send_rest(&mut outgoing, it, &rest, runs);
+                let sent_rest = self.send_rest(&mut outgoing, it, &under_way, &rest, runs);
                 if sent_rest.is_err()
                     && let Err(error) = it.devices.take_back_disks()
                 {
@@ -122,14 +140,15 @@ impl Controller {
             })
         });
         sent_rest.inspect_err(|error| outgoing.give_up(&error.to_string()))?;
-        let sent = outgoing.sent();
+        let sent = outgoing.counters().sent();
         match outgoing.hand_over(runs) {
             HandOver::Done => {
                 let migrated = Migrated {
                     downtime: stopped.elapsed(),
-                    time: begun.elapsed(),
+                    time: under_way.time(),
                     sent,
                     rounds: rest.rounds,
+                    throttle: rest.throttle,
                 };
                 self.0.control().finish(Ok(ExitReason::Moved));
                 Ok(migrated)
@@ -138,19 +157,48 @@ impl Controller {
         }
     }
 
-    /// Moves the machine to whoever receives it at an address ([`Command::Migrate`](crate::Command::Migrate)).
+    /// Asks whoever receives machines at the other end of `connection` whether it could run this one
+    /// ([`Arrival::answer_trial`](crate::Arrival::answer_trial)). Nothing of the machine changes, but it stands still for a
+    /// moment, in which it is described.
+    ///
+    /// # Errors
+    /// If the other end could not run it, or the connection fails.
+    pub fn try_migrate(
+        &self,
+        connection: Connection,
+        options: &MigrationOptions,
+    ) -> Result<(), Error> {
+        let _one_at_a_time = lock(&self.0.snapshots);
+        let under_way = Arc::new(UnderWay::new(connection.breaker()));
+        let _visible = Visible::new(self, &under_way);
+        let (offer, _) = self.while_at_rest(false, || {
+            self.while_paused(ACTION, |it| self.describe(it, options.note.clone()))
+        })?;
+        Ok(Outgoing::try_offer(&connection, &offer)?)
+    }
+
+    /// Moves the machine to whoever receives it at an address, or only asks whether that is possible
+    /// ([`Command::Migrate`](crate::Command::Migrate)).
     ///
     /// # Errors
     /// Those of [`Controller::migrate`]; also if nobody listens there, or the way leads over a network that others may read,
     /// and that is not allowed.
-    pub fn migrate_to(&self, order: &MigrationOrder) -> Result<Migrated, Error> {
+    pub fn migrate_to(&self, order: &MigrationOrder) -> Result<Answer, Error> {
         if self.configuration()?.seccomp == Seccomp::Kill {
             return Err(Error::ConfinedMigration);
         }
         if !order.insecure && !order.destination.is_local() {
             return Err(Error::InsecureMigration);
         }
-        self.migrate(order.destination.connect()?, &order.options)
+        let connection = order.destination.connect()?;
+        match order.dry_run {
+            true => self
+                .try_migrate(connection, &order.options)
+                .map(|()| Answer::Done),
+            false => self
+                .migrate(connection, &order.options)
+                .map(Answer::Migrated),
+        }
     }
 
     /// Sends the memory, all but a rest.
@@ -158,17 +206,23 @@ impl Controller {
         &self,
         outgoing: &mut Outgoing,
         parts: &'a Parts,
+        under_way: &UnderWay,
         runs: bool,
         options: &MigrationOptions,
     ) -> Result<Rest<'a>, Error> {
         let is_tracking = self.configuration()?.track_dirty_pages;
         let mut changes = lock(&parts.changes);
         match runs {
-            true => copy_of_running(outgoing, parts, &mut changes, is_tracking, options),
+            true => {
+                let throttle = Throttle::new(self.0.control(), options.max_throttle);
+                let log = WriteLog::start(parts, &mut changes, is_tracking)?;
+                copy_of_running(outgoing, log, under_way, &mut changes, throttle, options)
+            }
             false => Ok(Rest {
                 pages: PageSet::empty([]),
                 log: None,
                 rounds: 0,
+                throttle: 0,
             }),
         }
     }
@@ -178,6 +232,7 @@ impl Controller {
         &self,
         outgoing: &mut Outgoing,
         parts: &Parts,
+        under_way: &UnderWay,
         rest: &Rest<'_>,
         runs: bool,
     ) -> Result<(), Error> {
@@ -193,8 +248,9 @@ impl Controller {
                 (pages.map_err(unknown_pages)?, Zeroes::LeaveOut)
             }
         };
+        under_way.begin_round(&pages);
         outgoing.send_pages(&parts.memory, &pages, zeroes)?;
-        let state = self.describe(parts)?;
+        let state = self.describe(parts, None)?;
         self.require_memory(&parts.memory)?;
         parts.devices.release_disks()?;
         outgoing.send_state(&state)?;
@@ -204,21 +260,27 @@ impl Controller {
     }
 
     /// Returns what the paused machine is, besides its memory.
-    fn describe(&self, parts: &Parts) -> Result<StateFile, Error> {
+    fn describe(&self, parts: &Parts, note: Option<String>) -> Result<StateFile, Error> {
         let machine = self.read_state(parts)?;
         let regions = parts.memory.regions();
         let regions = regions.map(|region| (region.start.0, region.len));
         let facts = Facts::now(None, regions).map_err(Error::RandomSeed)?;
-        let sections = machine.into_sections(None, Vec::new()).write()?;
+        let sections = machine.into_sections(note, Vec::new()).write()?;
         Ok(StateFile::new(NAME.as_ref(), facts, None, sections))
     }
 
     /// Ends the migration that is under way, if there is one: the machine goes on where it is. One that is just being handed
     /// over is moved nevertheless, or nobody knows where it is ([`Error::HandOver`]).
     pub fn cancel_migration(&self) {
-        if let Some(breaker) = &*lock(&self.0.migration) {
-            breaker.break_off();
+        if let Some(under_way) = &*lock(&self.0.migration) {
+            under_way.breaker.break_off();
         }
+    }
+
+    /// Returns how far the migration is that is under way; `None` if there is none.
+    pub fn migration_progress(&self) -> Option<MigrationProgress> {
+        let under_way = lock(&self.0.migration).clone();
+        under_way.map(|it| it.progress())
     }
 
     /// Lets a machine go on of which nobody knows whether it runs at the other end ([`Error::HandOver`]). The caller has
@@ -251,30 +313,32 @@ impl Controller {
 /// Sends the memory of a machine that runs, until the rest can be sent within the time for which the guest may stand still.
 fn copy_of_running<'a>(
     outgoing: &mut Outgoing,
-    parts: &'a Parts,
+    log: WriteLog<'a>,
+    under_way: &UnderWay,
     changes: &mut Changes,
-    is_tracking: bool,
+    mut throttle: Throttle,
     options: &MigrationOptions,
 ) -> Result<Rest<'a>, Error> {
     let begun = Instant::now();
-    let log = WriteLog::start(parts, changes, is_tracking)?;
-    let memory: &Arc<GuestMemory> = &parts.memory;
+    let memory: &Arc<GuestMemory> = log.memory();
     let mut pages = memory.pages_with_content().map_err(unknown_pages)?;
     let mut zeroes = Zeroes::LeaveOut;
-    let mut rounds = 0;
+    let (mut rounds, mut slow_rounds, mut share) = (0, 0, 0);
     loop {
-        let (round_begun, sent_before) = (Instant::now(), outgoing.sent());
+        let (round_begun, sent_before) = (Instant::now(), outgoing.counters().sent());
+        under_way.begin_round(&pages);
         outgoing.send_pages(memory, &pages, zeroes)?;
         outgoing.end_round()?;
         rounds += 1;
         let time = round_begun.elapsed();
-        let sent = outgoing.sent() - sent_before;
+        let sent = outgoing.counters().sent() - sent_before;
         pages = log.take(changes)?;
         zeroes = Zeroes::Send;
         let left = (pages.len() * PAGE_SIZE) as u64;
         let time_left = expected(left, sent, time);
+        under_way.expect_downtime(time_left + HAND_OVER_TIME);
         tracing::debug!("round {rounds}: {sent} bytes in {time:?}, {left} bytes are left");
-        if time_left <= options.downtime.saturating_sub(HAND_OVER_TIME) {
+        if time_left + HAND_OVER_TIME <= options.downtime.max(HAND_OVER_TIME) {
             break;
         }
         if begun.elapsed() >= options.timeout {
@@ -288,11 +352,18 @@ fn copy_of_running<'a>(
                 }
             }
         }
+        slow_rounds = if left > sent / 2 { slow_rounds + 1 } else { 0 };
+        if slow_rounds == PATIENT_ROUNDS {
+            slow_rounds = 0;
+            share = throttle.slow_down()?;
+            under_way.throttle(share);
+        }
     }
     Ok(Rest {
         pages,
         log: Some(log),
         rounds,
+        throttle: share,
     })
 }
 
@@ -307,17 +378,17 @@ fn unknown_pages(source: std::io::Error) -> Error {
     Error::resource("a list of the pages of guest memory")(source)
 }
 
-/// While it exists, the migration can be cancelled.
-struct Cancel<'a>(&'a Controller);
+/// While it exists, others can ask how far the migration is, and cancel it.
+struct Visible<'a>(&'a Controller);
 
-impl<'a> Cancel<'a> {
-    fn enable(controller: &'a Controller, breaker: Breaker) -> Cancel<'a> {
-        *lock(&controller.0.migration) = Some(breaker);
-        Cancel(controller)
+impl<'a> Visible<'a> {
+    fn new(controller: &'a Controller, under_way: &Arc<UnderWay>) -> Visible<'a> {
+        *lock(&controller.0.migration) = Some(under_way.clone());
+        Visible(controller)
     }
 }
 
-impl Drop for Cancel<'_> {
+impl Drop for Visible<'_> {
     fn drop(&mut self) {
         *lock(&self.0.0.migration) = None;
     }

@@ -1,6 +1,8 @@
 //! The log of what a machine writes while its memory is copied.
 
-use bantam_memory::PageSet;
+use std::sync::Arc;
+
+use bantam_memory::{GuestMemory, PageSet};
 
 use super::snapshot::Parts;
 use crate::error::Error;
@@ -33,6 +35,11 @@ impl<'a> WriteLog<'a> {
             }
         }
         Ok(log)
+    }
+
+    /// Returns the memory of the machine.
+    pub(super) fn memory(&self) -> &'a Arc<GuestMemory> {
+        &self.parts.memory
     }
 
     /// Returns the pages that have been written since the start, or since the last call.

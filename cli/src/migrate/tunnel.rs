@@ -1,0 +1,100 @@
+//! Ways to another host that this command has, and the machine does not: the machine connects to a socket of this command.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+use std::{env, process};
+
+use anyhow::{Context, bail};
+use bantam_manager::MachineName;
+use bantam_vmm::{ListeningSocket, MigrationAddress};
+
+use super::endpoint::SshHost;
+
+/// How long a connection that is broken may take to say why.
+const EXPLANATION_TIME: Duration = Duration::from_secs(1);
+
+/// A socket of this host that leads to a receiver on another one.
+pub struct Tunnel {
+    path: PathBuf,
+    /// Removed from the file system with this.
+    _socket: ListeningSocket,
+    thread: JoinHandle<io::Result<ExitStatus>>,
+}
+
+impl Tunnel {
+    /// Leads whoever connects, once, to a receiver that `ssh` starts on `host`. It calls the machine `name` if that is given.
+    ///
+    /// # Errors
+    /// If the host has no room for a socket.
+    pub fn by_ssh(host: &SshHost, name: Option<&MachineName>) -> anyhow::Result<Tunnel> {
+        let mut command = Command::new("ssh");
+        if let Some(port) = host.port {
+            command.arg("-p").arg(port.to_string());
+        }
+        // No shell of the other host finds anything special in these words.
+        command.arg("-T").arg(&host.host);
+        command.args(["bantam", "migrate", "--receive", "stdio"]);
+        if let Some(name) = name {
+            command.args(["--name", name.as_str()]);
+        }
+        let path = env::temp_dir().join(format!("bantam-migrate-{}.sock", process::id()));
+        let failed = || format!("cannot listen on '{}'", path.display());
+        let socket = ListeningSocket::bind_private(&path).with_context(failed)?;
+        let listener = socket.try_clone_listener().with_context(failed)?;
+        listener.set_nonblocking(false).with_context(failed)?;
+        let thread = thread::Builder::new()
+            .name("ssh".into())
+            .spawn(move || {
+                let (stream, _) = listener.accept()?;
+                let mut child = command
+                    .stdin(OwnedFd::from(stream.try_clone()?))
+                    .stdout(OwnedFd::from(stream))
+                    .spawn()
+                    .map_err(|error| io::Error::new(error.kind(), format!("ssh: {error}")))?;
+                // It has the connection now.
+                drop(command);
+                child.wait()
+            })
+            .context("cannot start a thread for ssh")?;
+        Ok(Tunnel {
+            path,
+            _socket: socket,
+            thread,
+        })
+    }
+
+    /// Returns the address of the socket.
+    pub fn address(&self) -> MigrationAddress {
+        MigrationAddress::Unix(self.path.clone())
+    }
+
+    /// Waits until the receiver's command, by which a machine has moved, has ended.
+    ///
+    /// # Errors
+    /// If it has failed.
+    pub fn finish(self) -> anyhow::Result<()> {
+        match self.thread.join() {
+            Ok(Ok(status)) if status.success() => Ok(()),
+            Ok(Ok(status)) => bail!("the receiver's command has ended with {status}"),
+            Ok(Err(error)) => Err(error).context("cannot reach the receiver"),
+            Err(_) => bail!("the thread that waits for ssh has panicked"),
+        }
+    }
+
+    /// Adds to an error of the machine why there was no way to the receiver, if that is so.
+    pub fn explain(self, error: anyhow::Error) -> anyhow::Error {
+        let begin = Instant::now();
+        // The machine notices the end of a connection before this thread does.
+        while !self.thread.is_finished() && begin.elapsed() < EXPLANATION_TIME {
+            thread::sleep(Duration::from_millis(5));
+        }
+        match self.thread.is_finished().then(|| self.finish()) {
+            Some(Err(reason)) => reason.context(error.to_string()),
+            _ => error,
+        }
+    }
+}
