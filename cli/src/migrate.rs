@@ -117,7 +117,9 @@ pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
     }
     let destination = args.destination.clone();
     let order = MigrationOrder {
-        destination: destination.context("no destination is named")?,
+        destination: destination
+            .context("no destination is named")?
+            .looked_up()?,
         insecure: args.insecure,
         options: MigrationOptions {
             downtime: args.downtime.get(),

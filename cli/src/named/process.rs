@@ -1,7 +1,5 @@
 //! The process of a named machine.
 
-use std::fs;
-use std::os::fd::RawFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -10,7 +8,6 @@ use anyhow::Context;
 use bantam_manager::{Folders, Machine, MachineProcess, ProcessLog, RunOrigin};
 use bantam_vmm::ExitReason;
 use bantam_vmm::config::{MachineConfig, OnReboot};
-use nix::unistd::close;
 
 use super::args::ProcessArgs;
 use crate::confine::Confinement;
@@ -18,11 +15,12 @@ use crate::exit_status::Ending;
 use crate::log::{self, LargeLog};
 use crate::main_loop::EndedBy;
 use crate::run::{self, Origin, Owner};
-use crate::{message, raise_descriptor_limit, reason, report};
+use crate::{close_others, message, raise_descriptor_limit, reason, report};
 
 /// Runs a named machine until it ends for good.
 pub fn run(args: ProcessArgs) -> ExitCode {
-    close_inherited();
+    // The machine must not keep the pipes and locks of whoever has started it. Nothing else is open yet.
+    close_others(None);
     raise_descriptor_limit();
     let origin = match (&args.from, args.reverted) {
         (None, _) => RunOrigin::Booted,
@@ -55,23 +53,6 @@ pub fn run(args: ProcessArgs) -> ExitCode {
     match ended {
         Ok(status) => ExitCode::from(status),
         Err(_) => ExitCode::FAILURE,
-    }
-}
-
-/// Closes what this process has inherited beside standard input, output and error: the machine must not keep the pipes and
-/// locks of whoever has started it. Nothing else is open yet.
-fn close_inherited() {
-    let Ok(entries) = fs::read_dir("/proc/self/fd") else {
-        return;
-    };
-    let numbers: Vec<RawFd> = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .filter(|&number| number > 2)
-        .collect();
-    for number in numbers {
-        // The one by which the folder was read is closed already.
-        let _ = close(number);
     }
 }
 
