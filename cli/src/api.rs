@@ -66,6 +66,8 @@ pub fn confinement(args: &ApiArgs) -> Confinement {
             false => args.seccomp,
         },
         networks: Networks {
+            // Clients of the control socket can have the machine moved.
+            program: args.control.is_some(),
             interfaces: true,
             streams: true,
             sockets: true,
@@ -74,6 +76,7 @@ pub fn confinement(args: &ApiArgs) -> Confinement {
         files: args.landlock.then(Files::all),
         coredump: args.coredump,
         is_visible: args.coredump,
+        with_places: None,
     }
 }
 

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use bantam_jail::{Files, Filter};
 use bantam_vmm::host::{self, KvmCapability, Virtualization};
 use bantam_vmm::text::without_error_numbers;
 
@@ -71,6 +72,8 @@ pub fn check(out: &mut impl Write) -> anyhow::Result<()> {
     rows.push(tun_row(host::open_tun().map(drop)));
     rows.push(network_administration_row(host::can_administer_network()));
     rows.push(io_uring_row(host::check_io_uring()));
+    rows.push(filters_row(Filter::are_available()));
+    rows.push(landlock_row(Files::kernel_version()));
     rows.push(kernel_row(default_kernel::find().as_deref()));
     print_table(&rows, out).context("cannot print the table")?;
     if rows.iter().any(|row| row.status == Status::Missing) {
@@ -216,6 +219,43 @@ fn io_uring_row(checked: io::Result<()>) -> Row {
         }
     };
     Row::limited(SUBJECT, error.to_string(), remedy)
+}
+
+fn filters_row(available: bool) -> Row {
+    const SUBJECT: &str = "filters of system calls";
+    match available {
+        true => Row::ok(
+            SUBJECT,
+            "each thread makes only the calls of its role (--seccomp)",
+        ),
+        false => Row::limited(
+            SUBJECT,
+            "the kernel has none",
+            "machines run without them; to have them: a kernel with CONFIG_SECCOMP_FILTER",
+        ),
+    }
+}
+
+fn landlock_row(version: Option<u32>) -> Row {
+    const SUBJECT: &str = "Landlock";
+    // Since then it has rules for signals and abstract sockets, the last that are used.
+    const COMPLETE: u32 = 6;
+    match version {
+        Some(COMPLETE..) => Row::ok(
+            SUBJECT,
+            "a machine's process opens only the machine's files (--landlock)",
+        ),
+        Some(version) => Row::limited(
+            SUBJECT,
+            format!("version {version}: it does not cover all that it should"),
+            "machines run with what there is; to have all: Linux 6.12 or newer",
+        ),
+        None => Row::limited(
+            SUBJECT,
+            "the kernel has none, or it is switched off",
+            "machines run without it; to have it: Linux 5.13 or newer with landlock in lsm= on its command line",
+        ),
+    }
 }
 
 #[cfg(test)]

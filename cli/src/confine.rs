@@ -9,9 +9,12 @@ use std::sync::{Arc, OnceLock};
 
 use anyhow::Context;
 use bantam_jail::{Confined, Files, Filter, Networks, Role, Violation, process, report_violations};
+use bantam_network::{Networks as HostNetworks, accounts};
 use bantam_vmm::config::{GdbConfig, MachineConfig, NetEnd, Seccomp, SerialConfig};
-use bantam_vmm::{ThreadHook, ThreadRole, disk_files, host};
+use bantam_vmm::{PlaceKeeper, ThreadHook, ThreadRole, disk_files, host};
 use nix::libc;
+
+use crate::place_keeper;
 
 /// The variables that the process keeps: how other programs and the time zone are found.
 const KEPT_VARIABLES: [&str; 2] = ["PATH", "TZ"];
@@ -20,6 +23,9 @@ const OWN_VARIABLES: &str = "BANTAM_";
 
 /// The filters of this process, if it has any.
 static FILTERS: OnceLock<Arc<Filters>> = OnceLock::new();
+
+/// The process that takes places on networks of the host for this one, if there is one.
+static PLACE_KEEPER: OnceLock<Arc<PlaceKeeper>> = OnceLock::new();
 
 /// What a process that runs a machine can give up.
 #[derive(Clone, Debug)]
@@ -34,31 +40,31 @@ pub struct Confinement {
     pub coredump: bool,
     /// Whether other processes of the user may look into this one.
     pub is_visible: bool,
+    /// The machine, if it has places on networks of the host that are taken by programs.
+    pub with_places: Option<Box<MachineConfig>>,
 }
 
 impl Confinement {
     /// Gives up what a machine does not need. `others` are files that the process needs beside those of the
     /// configuration; with `None`, clients can name any file later.
     pub fn of_machine(config: &MachineConfig, others: Option<Files>) -> Confinement {
-        // The programs that set up such a network are executed by this process, in the end too, and are root's.
-        let runs_programs = config
-            .nets
-            .iter()
-            .any(|net| matches!(net.end(), NetEnd::Host(_)));
+        let has_clients = others.is_none();
+        let is_confined = config.landlock || config.seccomp != Seccomp::Off;
+        // Other users get their places of a process of root.
+        let takes_places =
+            is_confined && has_host_network(config) && host::can_administer_network();
         let files = match others {
-            _ if !config.landlock || runs_programs => None,
+            _ if !config.landlock || enters_namespace_of_process(config) => None,
             None => Some(Files::all()),
             Some(others) => Some(of_machine(config, others)),
         };
         Confinement {
-            seccomp: match runs_programs {
-                true => Seccomp::Off,
-                false => config.seccomp,
-            },
-            networks: networks(config),
+            seccomp: config.seccomp,
+            networks: networks(config, has_clients),
             files,
             coredump: config.coredump,
             is_visible: config.coredump,
+            with_places: takes_places.then(|| Box::new(config.clone())),
         }
     }
 
@@ -74,6 +80,10 @@ impl Confinement {
     /// Gives up all else, for good. The threads that are started from now on are confined with this one, the
     /// only one until now.
     pub fn enter(&self) -> anyhow::Result<()> {
+        if let Some(config) = &self.with_places {
+            // Only the first machine of a process confines it.
+            let _ = PLACE_KEEPER.set(Arc::new(place_keeper::start(config)?));
+        }
         // SAFETY: there is no other thread yet.
         unsafe { process::clear_environment(|name| self.keeps(name)) };
         if !self.coredump {
@@ -87,9 +97,12 @@ impl Confinement {
         if let Some(files) = &self.files {
             match files.confine()? {
                 Confined::Fully => {}
-                Confined::InPart => tracing::debug!("this kernel has a part of Landlock only"),
-                Confined::NotAtAll => tracing::info!(
-                    "this kernel has no Landlock, or it is switched off: files are not protected from the monitor"
+                Confined::InPart => tracing::info!(
+                    "this kernel has only a part of Landlock: the process can reach more than it should"
+                ),
+                Confined::NotAtAll => tracing::warn!(
+                    "this kernel has no Landlock, or it is switched off: the process can open any file that its user may \
+                     open (--landlock off ends this warning)"
                 ),
             }
         }
@@ -98,6 +111,13 @@ impl Confinement {
             Seccomp::Log => Violation::Log,
             Seccomp::Off => return Ok(()),
         };
+        if !Filter::are_available() {
+            tracing::warn!(
+                "this kernel has no filters of system calls (CONFIG_SECCOMP_FILTER), or does not allow them: the process \
+                 can make any call (--seccomp off ends this warning)"
+            );
+            return Ok(());
+        }
         report_violations()?;
         let filters = Filters {
             networks: self.networks,
@@ -117,6 +137,11 @@ pub fn enter(role: Role) -> io::Result<()> {
         Some(filters) => filters.apply(role),
         None => Ok(()),
     }
+}
+
+/// Returns what takes the machine's places on networks of the host, if this process cannot do it.
+pub fn place_keeper() -> Option<Arc<PlaceKeeper>> {
+    PLACE_KEEPER.get().cloned()
 }
 
 /// Returns what confines the threads of machines, if the process is confined.
@@ -144,7 +169,8 @@ impl ThreadHook for Filters {
         self.apply(match role {
             ThreadRole::Vcpu(_) => Role::Vcpu,
             ThreadRole::Devices | ThreadRole::Device(_) => Role::Devices,
-            ThreadRole::Image(_) | ThreadRole::Job(_) => Role::Image,
+            ThreadRole::Image(_) => Role::Image,
+            ThreadRole::Job(_) => Role::Job,
             ThreadRole::Memory => Role::Memory,
             ThreadRole::Debugger => Role::Debugger,
             // A recorder, which writes a file: it is confined as the process is.
@@ -153,12 +179,24 @@ impl ThreadHook for Filters {
     }
 }
 
-/// Returns what a machine needs of networks.
-fn networks(config: &MachineConfig) -> Networks {
+/// Returns whether a machine enters the network namespace that another process has. Landlock keeps a process from all that
+/// `/proc` shows of others.
+fn enters_namespace_of_process(config: &MachineConfig) -> bool {
+    let mut namespaces = config.nets.iter().filter_map(|net| net.netns.as_ref());
+    namespaces.any(|namespace| namespace.path().starts_with("/proc"))
+}
+
+/// Returns whether a machine has a place on a network of the host.
+fn has_host_network(config: &MachineConfig) -> bool {
+    let mut ends = config.nets.iter().map(|net| net.end());
+    ends.any(|end| matches!(end, NetEnd::Host(_)))
+}
+
+/// Returns what a machine needs of networks. Clients of a control socket can have it moved to another host.
+fn networks(config: &MachineConfig, has_clients: bool) -> Networks {
     let ends = || config.nets.iter().map(|net| net.end());
     Networks {
         user: ends().any(|end| end == NetEnd::User),
-        listens: matches!(config.gdb, Some(GdbConfig::Tcp(_))),
         interfaces: ends().any(|end| {
             matches!(
                 end,
@@ -166,6 +204,7 @@ fn networks(config: &MachineConfig) -> Networks {
             )
         }),
         namespace: config.nets.iter().any(|net| net.netns.is_some()),
+        program: has_clients || matches!(config.gdb, Some(GdbConfig::Tcp(_))),
         streams: config.vsock.is_some() || ends().any(|end| matches!(end, NetEnd::Passt(_))),
         sockets: has_sockets(config),
     }
@@ -248,6 +287,15 @@ fn of_machine(config: &MachineConfig, mut files: Files) -> Files {
         }
         if let Some(namespace) = &net.netns {
             files = files.read(namespace.path());
+        }
+        if let NetEnd::Host(_) = net.end() {
+            // What a user may use, and why not.
+            for path in HostNetworks::of_host().folders() {
+                files = files.read(path);
+            }
+            for path in [accounts::USERS, accounts::GROUPS] {
+                files = files.read(path);
+            }
         }
     }
     files

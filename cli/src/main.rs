@@ -24,6 +24,7 @@ mod named;
 mod network;
 mod outlet;
 mod own_code;
+mod place_keeper;
 mod process_times;
 mod restart;
 mod restore;
@@ -35,7 +36,9 @@ mod terminal;
 mod virsh;
 
 use std::ffi::OsString;
+use std::fs;
 use std::io::{self, Write};
+use std::os::fd::RawFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -48,6 +51,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::close;
 use tracing::level_filters::LevelFilter;
 
 use args::{Args, Command, FirecrackerArgs, RestoreArgs, RunArgs};
@@ -247,6 +251,23 @@ fn report(error: &anyhow::Error) {
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let error = error.downcast_ref::<io::Error>();
     error.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// Closes all descriptors beside standard input, output and error, and `kept`. Nothing that this process has opened itself may
+/// be used any more.
+fn close_others(kept: Option<RawFd>) {
+    let Ok(entries) = fs::read_dir("/proc/self/fd") else {
+        return;
+    };
+    let numbers: Vec<RawFd> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|&number| number > 2 && Some(number) != kept)
+        .collect();
+    for number in numbers {
+        // The one by which the folder was read is closed already.
+        let _ = close(number);
+    }
 }
 
 /// Raises the limit of file descriptors to the maximum: connections to a guest take one each.

@@ -230,7 +230,7 @@ impl Relocation<'_> {
             (Destination::Address(_), Some(_)) => {
                 bail!("the receiver decides what the machine is called: name it there (--name)")
             }
-            (Destination::Address(address), None) => (address.clone(), None),
+            (Destination::Address(address), None) => (address.looked_up()?, None),
             (Destination::Ssh(host), name) => {
                 let tunnel = Tunnel::by_ssh(host, name)?;
                 (tunnel.address(), Some(tunnel))

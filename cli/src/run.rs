@@ -128,6 +128,7 @@ fn run_until_end(
 fn new_controller(log: &MachineLog) -> Result<Controller, bantam_vmm::Error> {
     Controller::with(ControllerOptions {
         log: log.clone(),
+        place_keeper: confine::place_keeper(),
         thread_hook: confine::thread_hook(),
         ..ControllerOptions::default()
     })

@@ -46,6 +46,21 @@ impl Filter {
         }
     }
 
+    /// Returns whether the kernel has filters.
+    pub fn are_available() -> bool {
+        let action = libc::SECCOMP_RET_TRAP;
+        // SAFETY: the kernel reads the number of an action, which lives until the call returns.
+        let answer = unsafe {
+            libc::syscall(
+                libc::SYS_seccomp,
+                libc::SECCOMP_GET_ACTION_AVAIL,
+                0,
+                &raw const action,
+            )
+        };
+        answer == 0
+    }
+
     /// Confines the calling thread, and the threads that it starts from now on, to what this filter allows. The
     /// process cannot gain privileges by executing programs any more.
     ///

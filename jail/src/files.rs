@@ -4,11 +4,12 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::ptr;
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
-    RestrictionStatus, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus,
-    Scope,
+    ABI, Access, AccessFs, AccessNet, AddRuleError, AddRulesError, BitFlags, CompatLevel,
+    Compatible, PathBeneath, PathFd, RestrictionStatus, Ruleset, RulesetAttr, RulesetCreatedAttr,
+    RulesetError, RulesetStatus, Scope,
 };
 
 /// The version of Landlock whose rights are handled, as far as the host's kernel knows them.
@@ -50,6 +51,23 @@ pub struct Files {
 }
 
 impl Files {
+    /// Returns the version of Landlock that the kernel has, or `None` if it has none or it is switched off. All that is
+    /// used of it is there since version 6.
+    pub fn kernel_version() -> Option<u32> {
+        const VERSION_REQUEST: u32 = 1;
+        let no_rules = ptr::null::<libc::c_void>();
+        // SAFETY: with this flag the kernel reads no memory, and only returns a number.
+        let version = unsafe {
+            libc::syscall(
+                libc::SYS_landlock_create_ruleset,
+                no_rules,
+                0,
+                VERSION_REQUEST,
+            )
+        };
+        u32::try_from(version).ok().filter(|&version| version > 0)
+    }
+
     /// No files at all.
     pub fn none() -> Files {
         Files::default()
@@ -120,7 +138,15 @@ impl Files {
             let Some(rule) = rule(path, *allowed & rights)? else {
                 continue;
             };
-            rules = rules.add_rule(rule)?;
+            match (&mut rules).add_rule(rule) {
+                Ok(_) => {}
+                // A pipe, socket or namespace that has a name in /proc or is mounted: Landlock leaves these alone.
+                Err(RulesetError::AddRules(AddRulesError::Fs(AddRuleError::AddRuleCall {
+                    source,
+                    ..
+                }))) if source.raw_os_error() == Some(libc::EBADFD) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
         let RestrictionStatus { ruleset, .. } = rules.restrict_self()?;
         Ok(match ruleset {

@@ -15,6 +15,9 @@ pub enum Role {
     Devices,
     /// Works on disk images that are open.
     Image,
+    /// Copies, commits and moves images: it also opens and removes their files, and makes the rings and threads of the image
+    /// that a disk has in the end.
+    Job,
     /// Brings back the memory of a snapshot.
     Memory,
     /// Talks to gdb.
@@ -25,11 +28,12 @@ pub enum Role {
 
 impl Role {
     /// All roles.
-    pub const ALL: [Role; 7] = [
+    pub const ALL: [Role; 8] = [
         Role::Program,
         Role::Vcpu,
         Role::Devices,
         Role::Image,
+        Role::Job,
         Role::Memory,
         Role::Debugger,
         Role::Writer,
@@ -41,8 +45,8 @@ impl Role {
 pub struct Networks {
     /// Sockets of IP on threads of devices: a user network.
     pub user: bool,
-    /// Sockets of IP on other threads: ports of the host, gdb.
-    pub listens: bool,
+    /// Sockets of IP on threads of the program: a port for gdb, the connection by which the machine is moved.
+    pub program: bool,
     /// Interfaces of the host, which are asked about by netlink.
     pub interfaces: bool,
     /// A network namespace that taps are opened in.

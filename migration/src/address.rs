@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::io;
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -51,6 +51,34 @@ impl Address {
         Ok(Address::Tcp(place.to_owned()))
     }
 
+    /// Returns whether the name of a host is to be looked up before there can be a connection.
+    pub fn names_a_host(&self) -> bool {
+        match self {
+            Address::Unix(_) => false,
+            Address::Tcp(place) => place.parse::<SocketAddr>().is_err(),
+        }
+    }
+
+    /// Returns the same place without the name of a host: the first address of that host takes its place.
+    ///
+    /// # Errors
+    /// If the host is not known.
+    pub fn looked_up(&self) -> Result<Address, MigrationError> {
+        let Address::Tcp(place) = self else {
+            return Ok(self.clone());
+        };
+        let first = place
+            .to_socket_addrs()
+            .and_then(|mut addresses| addresses.next().ok_or_else(no_address));
+        match first {
+            Ok(address) => Ok(Address::Tcp(address.to_string())),
+            Err(source) => Err(MigrationError::Connect {
+                address: self.clone(),
+                source,
+            }),
+        }
+    }
+
     /// Returns whether nobody on a network can read what is sent there, or receive there: it is a Unix socket, or
     /// all addresses of the host are loopback addresses.
     pub fn is_local(&self) -> bool {
@@ -82,7 +110,7 @@ impl Address {
 }
 
 fn connect_tcp(place: &str) -> io::Result<TcpStream> {
-    let mut failed = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+    let mut failed = no_address();
     for address in place.to_socket_addrs()? {
         match TcpStream::connect_timeout(&address, CONNECT_TIME) {
             Ok(stream) => return Ok(stream),
@@ -90,6 +118,10 @@ fn connect_tcp(place: &str) -> io::Result<TcpStream> {
         }
     }
     Err(failed)
+}
+
+fn no_address() -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, "the host has no address")
 }
 
 impl fmt::Display for Address {
@@ -126,6 +158,21 @@ mod tests {
         }
         let bytes = OsStr::from_bytes(b"unix:\xe9");
         assert!(matches!(Address::parse(bytes), Ok(Address::Unix(_))));
+    }
+
+    #[test]
+    fn a_name_of_a_host_is_looked_up() {
+        let address = |text: &str| Address::parse(text.as_ref()).unwrap();
+        for text in ["unix:localhost", "tcp://127.0.0.1:1", "tcp://[::1]:1"] {
+            let address = address(text);
+            assert!(!address.names_a_host(), "{text}");
+            assert_eq!(address.looked_up().unwrap(), address);
+        }
+        let named = address("tcp://localhost:4000");
+        assert!(named.names_a_host());
+        let found = named.looked_up().unwrap();
+        assert!(!found.names_a_host());
+        assert!(found.is_local(), "{found}");
     }
 
     #[test]

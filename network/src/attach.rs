@@ -80,7 +80,7 @@ impl Networks {
         self.attach_for(attachment, user, true)
     }
 
-    fn attach_for(
+    pub(crate) fn attach_for(
         &self,
         attachment: &Attachment,
         user: Peer,

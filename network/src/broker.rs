@@ -10,12 +10,14 @@
 //! Users are hostile. A request has a bounded size, and nothing of it reaches a name of an interface, a file or a rule
 //! of the packet filter except a MAC address and a host name, both of which are parsed. No call waits for a user.
 
+mod keeper;
 mod peer;
 mod process;
 mod protocol;
 mod serve;
 mod user;
 
+pub use keeper::{KeptPlace, MakeTap, PlaceKeeper};
 pub use serve::OpenTap;
 pub use user::UserPlace;
 

@@ -240,6 +240,14 @@ pub enum NetworkError {
         /// Why not.
         source: io::Error,
     },
+    /// The process that takes places for a machine cannot be talked to.
+    #[error(
+        "cannot get a place on a network: the process that takes places for the machine does not answer: {source}"
+    )]
+    Keeper {
+        /// Why not.
+        source: io::Error,
+    },
     /// Something of a network that is started has ended.
     #[error(
         "network '{network}' is not complete any more; as root 'bantam network start {network}' repairs it"

@@ -50,6 +50,11 @@ impl Folders {
         }
     }
 
+    /// Returns both folders.
+    pub(crate) fn all(&self) -> [&Path; 2] {
+        [&self.state, &self.runtime]
+    }
+
     /// Returns the folder of the definitions.
     pub(crate) fn definitions(&self) -> &Path {
         &self.state

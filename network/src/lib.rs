@@ -32,7 +32,7 @@ mod started;
 mod subnet;
 
 pub use attach::{Attachment, Place, Port};
-pub use broker::{OpenTap, UserPlace};
+pub use broker::{KeptPlace, MakeTap, OpenTap, PlaceKeeper, UserPlace};
 pub use definition::{Addresses, Definition, Mode, NewNetwork};
 pub use error::NetworkError;
 pub use group::GroupName;

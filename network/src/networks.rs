@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::ErrorKind;
+use std::path::Path;
 
 use serde::Serialize;
 
@@ -45,6 +46,11 @@ impl Networks {
         Networks {
             folders: Folders::of_host(),
         }
+    }
+
+    /// Returns the folders with the files that say which networks there are, and who may use them.
+    pub fn folders(&self) -> [&Path; 2] {
+        self.folders.all()
     }
 
     /// Defines a network, and chooses what `new` leaves out.

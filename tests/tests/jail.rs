@@ -81,7 +81,7 @@ fn every_thread_has_filters_and_cannot_gain_privileges() {
 fn without_filters_there_are_none() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
-    let machine = machine(&folder.path().join("disk"));
+    let machine = machine(&folder.path().join("disk")).option("--seccomp", "off");
     let running = running(machine);
     for (name, value) in threads(running.pid(), "Seccomp") {
         assert_eq!(value, "0", "{name}");

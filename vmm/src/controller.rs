@@ -80,6 +80,7 @@ impl Controller {
                 log: options.log,
                 events,
                 opener: options.opener,
+                place_keeper: options.place_keeper,
                 thread_hook: options.thread_hook,
             },
             console: Mutex::default(),

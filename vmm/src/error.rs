@@ -240,12 +240,15 @@ pub enum Error {
     /// The machine cannot be moved.
     #[error("cannot move the machine: {0}")]
     Migration(#[from] MigrationError),
-    /// The filters of system calls of a machine do not let it connect to another process.
+    /// A destination has the name of a host, which the process of a machine does not look up.
     #[error(
-        "the machine was not moved: its filters of system calls do not let it connect to another process; run it without \
-         (--seccomp off)"
+        "the machine was not moved: '{destination}' has the name of a host, which its process does not look up; give the \
+         address of the host"
     )]
-    ConfinedMigration,
+    NamedDestination {
+        /// The destination.
+        destination: bantam_migration::Address,
+    },
     /// The memory of a machine would cross a network for others to read.
     #[error(
         "the machine was not moved: its memory would cross a network unencrypted, for others to read and change; lead a TCP \

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use bantam_devices::device_log::MachineLog;
 use bantam_devices::opener::Opener;
+use bantam_network::PlaceKeeper;
 use bantam_storage::HostOpener;
 
 use crate::config::DeviceName;
@@ -53,6 +54,9 @@ pub struct ControllerOptions {
     pub log: MachineLog,
     /// Opens the machine's files.
     pub opener: Arc<dyn Opener>,
+    /// The process that takes the machine's places on networks of the host, in place of this one: it executes programs,
+    /// which a process that is confined cannot do ([`keep_network_places`](crate::keep_network_places)).
+    pub place_keeper: Option<Arc<PlaceKeeper>>,
     /// The hook that is called on each thread of the machine.
     pub thread_hook: Option<Arc<dyn ThreadHook>>,
 }
@@ -62,6 +66,7 @@ impl Default for ControllerOptions {
         ControllerOptions {
             log: MachineLog::default(),
             opener: Arc::new(HostOpener),
+            place_keeper: None,
             thread_hook: None,
         }
     }

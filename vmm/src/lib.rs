@@ -81,6 +81,7 @@ pub use bantam_metadata::{MetadataError, MetadataMetrics, MetadataStore};
 pub use bantam_migration::{
     Address as MigrationAddress, Connection as MigrationConnection, MigrationError,
 };
+pub use bantam_network::PlaceKeeper;
 pub use bantam_snapshot::merge as merge_snapshots;
 pub use bantam_state::{RestoreError, SaveError, Section};
 pub use bantam_storage::{FileAccess, FileOpener, HostOpener, ImageFormat};
@@ -92,7 +93,7 @@ pub use console::Console;
 pub use controller::{
     Arrival, AtTimeout, Controller, Migrated, MigrationOptions, MigrationProgress,
 };
-pub use devices::{Stream, check_disk, disk_files, serve_network_places};
+pub use devices::{Stream, check_disk, disk_files, keep_network_places, serve_network_places};
 pub use error::Error;
 pub use events::{Event, Events};
 pub use exit_reason::ExitReason;

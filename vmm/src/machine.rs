@@ -11,6 +11,7 @@ use bantam_devices::bus::Bus;
 use bantam_devices::device_log::MachineLog;
 use bantam_devices::opener::Opener;
 use bantam_memory::GuestMemory;
+use bantam_network::PlaceKeeper;
 use bantam_state::Section;
 
 use crate::command::ShutDown;
@@ -74,6 +75,7 @@ pub(crate) struct MachineContext {
     pub(crate) log: MachineLog,
     pub(crate) events: EventSender,
     pub(crate) opener: Arc<dyn Opener>,
+    pub(crate) place_keeper: Option<Arc<PlaceKeeper>>,
     pub(crate) thread_hook: Option<Arc<dyn ThreadHook>>,
 }
 
@@ -103,7 +105,7 @@ impl Machine {
     ) -> Result<Machine, Error> {
         config.cpu.check_host()?;
         let boots = matches!(origin, Origin::Kernel);
-        let resources = Resources::open(config, boots, &context.opener, console)?;
+        let resources = Resources::open(config, boots, context, console)?;
         Machine::build(config, origin, resources, context)
     }
 

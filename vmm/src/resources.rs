@@ -14,6 +14,7 @@ use crate::devices::{self, Build, OpenSerial, Opening};
 use crate::error::Error;
 use crate::gdb::GdbListener;
 use crate::host;
+use crate::machine::MachineContext;
 use crate::metadata::MachineMetadata;
 
 /// The open files, sockets and taps of a machine.
@@ -44,9 +45,10 @@ impl Resources {
     pub(crate) fn open(
         config: &MachineConfig,
         boots: bool,
-        opener: &Arc<dyn Opener>,
+        context: &MachineContext,
         mut stdio: Console,
     ) -> Result<Resources, Error> {
+        let opener = &context.opener;
         let kvm = host::open_kvm_by(&**opener)?;
         host::require_capabilities(&kvm, &config.cpu.required_capabilities)?;
         let images = match boots {
@@ -58,6 +60,7 @@ impl Resources {
         let mut opening = Opening {
             config,
             opener,
+            place_keeper: context.place_keeper.as_ref(),
             stdio: &mut stdio,
             metadata: metadata.as_ref(),
             root_partition: None,

@@ -84,7 +84,7 @@ fn every_option_reaches_the_machine() {
         "--exit-status=monitor",
         "--host-workarounds=off",
         "--seccomp=log",
-        "--landlock=on",
+        "--landlock=off",
         "--coredump=on",
         "--gdb=unix:g.sock",
         "--log=off",
@@ -119,7 +119,7 @@ fn every_option_reaches_the_machine() {
         exit_status: ExitStatus::Monitor,
         host_workarounds: false,
         seccomp: Seccomp::Log,
-        landlock: true,
+        landlock: false,
         coredump: true,
         gdb: Some("unix:g.sock".parse().unwrap()),
         ..MachineConfig::new("k")

@@ -1,6 +1,5 @@
 //! The process of a named machine.
 
-use std::fs;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::ExitCode;
@@ -11,7 +10,6 @@ use bantam_manager::{Folders, Machine, MachineName, MachineProcess, ProcessLog, 
 use bantam_vmm::ExitReason;
 use bantam_vmm::config::{MachineConfig, OnReboot};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::unistd::close;
 
 use super::args::ProcessArgs;
 use crate::confine::Confinement;
@@ -19,11 +17,13 @@ use crate::exit_status::Ending;
 use crate::log::{self, LargeLog};
 use crate::main_loop::EndedBy;
 use crate::run::{self, Origin, Owner};
-use crate::{message, raise_descriptor_limit, reason, report};
+use crate::{close_others, message, raise_descriptor_limit, reason, report};
 
 /// Runs a named machine until it ends for good.
 pub fn run(args: ProcessArgs) -> ExitCode {
-    let connection = close_inherited(args.connection);
+    // The machine must not keep the pipes and locks of whoever has started it. Nothing else is open yet.
+    close_others(args.connection);
+    let connection = args.connection.and_then(adopt_connection);
     raise_descriptor_limit();
     let origin = match (&args.from, args.reverted) {
         (None, _) if connection.is_some() => RunOrigin::Migrated,
@@ -64,30 +64,14 @@ pub fn run(args: ProcessArgs) -> ExitCode {
     }
 }
 
-/// Closes what this process has inherited beside standard input, output and error: the machine must not keep the pipes and
-/// locks of whoever has started it. Nothing else is open yet.
-/// Returns the descriptor with the number `kept`, if it is one.
-fn close_inherited(kept: Option<RawFd>) -> Option<OwnedFd> {
-    let entries = fs::read_dir("/proc/self/fd").ok()?;
-    let numbers: Vec<RawFd> = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .filter(|&number| number > 2)
-        .collect();
-    let mut found = None;
-    for number in numbers {
-        if Some(number) == kept {
-            // SAFETY: the descriptor was inherited, as it is open and this process has opened none yet but the one by which
-            // the folder was read, which is closed again and was open when this one was. So nothing else in this process
-            // owns it. Each number is listed once.
-            found = Some(unsafe { OwnedFd::from_raw_fd(number) });
-            continue;
-        }
-        // The one by which the folder was read is closed already.
-        let _ = close(number);
-    }
-    // Programs that this process starts must not hold the connection open.
-    found.filter(|it| fcntl(it, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).is_ok())
+/// Takes the connection that this process has inherited with the number `number`.
+fn adopt_connection(number: RawFd) -> Option<OwnedFd> {
+    let is_open = number > 2 && Path::new(&format!("/proc/self/fd/{number}")).exists();
+    // SAFETY: the descriptor is open and was inherited, as this process has opened none yet. So nothing else in it owns it.
+    let connection = is_open.then(|| unsafe { OwnedFd::from_raw_fd(number) })?;
+    // Programs that this process starts must not hold it open.
+    fcntl(&connection, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).ok()?;
+    Some(connection)
 }
 
 /// Runs the machine.

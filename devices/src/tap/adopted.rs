@@ -98,6 +98,8 @@ impl Tap {
         let mut tap = Tap::of(first, &interface_name(&found));
         tap.queues.extend(queues.map(TapQueue));
         tap.offloads = tap.probe_offloads();
+        // A macvtap does not.
+        tap.selects_frames = tap.set_filter(&FrameFilter::All).is_ok();
         tap.forget_driver().map_err(|source| TapError::Io {
             name: tap.name.clone(),
             action: "set the offloads of",

@@ -48,6 +48,9 @@ pub(crate) fn rules(role: Role, networks: Networks) -> impl Iterator<Item = &'st
     let own: &[&[Rule]] = match role {
         Role::Program => &[
             program::CALLS,
+            program::THREADS,
+            program::RINGS,
+            other_roles::JOB,
             kvm::BUILD,
             kvm::VCPU,
             other_roles::VCPU,
@@ -59,6 +62,12 @@ pub(crate) fn rules(role: Role, networks: Networks) -> impl Iterator<Item = &'st
         Role::Vcpu => &[kvm::VCPU, other_roles::VCPU],
         Role::Devices => &[other_roles::DEVICES, other_roles::IMAGE],
         Role::Image => &[other_roles::IMAGE],
+        Role::Job => &[
+            other_roles::IMAGE,
+            program::THREADS,
+            program::RINGS,
+            other_roles::JOB,
+        ],
         Role::Memory => &[other_roles::MEMORY],
         Role::Debugger => &[other_roles::DEBUGGER],
         Role::Writer => &[],
@@ -74,7 +83,7 @@ fn sockets(role: Role, networks: Networks) -> impl Iterator<Item = &'static [Rul
     let is_server = is_program || role == Role::Devices;
     let some = [
         (
-            is_server && networks.user || is_program && networks.listens,
+            is_server && networks.user || is_program && networks.program,
             other_roles::IP_SOCKETS,
         ),
         (is_program && networks.interfaces, other_roles::INTERFACES),
@@ -97,7 +106,7 @@ fn sockets(role: Role, networks: Networks) -> impl Iterator<Item = &'static [Rul
 pub(crate) fn answered(role: Role) -> &'static [(&'static [c_long], i32)] {
     match role {
         // Its flags are in memory, which a filter cannot see. The C library then takes clone.
-        Role::Program => &[(&[libc::SYS_clone3], libc::ENOSYS)],
+        Role::Program | Role::Job => &[(&[libc::SYS_clone3], libc::ENOSYS)],
         // A worker whose ring has failed goes on without one.
         Role::Devices => &[(&[libc::SYS_io_uring_setup], libc::EPERM)],
         _ => &[],
@@ -113,7 +122,7 @@ mod tests {
         for bits in 0..64_u8 {
             let networks = Networks {
                 user: bits & 1 != 0,
-                listens: bits & 2 != 0,
+                program: bits & 2 != 0,
                 interfaces: bits & 4 != 0,
                 namespace: bits & 8 != 0,
                 streams: bits & 16 != 0,

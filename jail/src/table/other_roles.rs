@@ -52,6 +52,12 @@ pub(super) const DEVICES: &[Rule] = &[
             FIONBIO,
         ],
     ),
+    // The last output of a machine has room in the pipe of a reader that does not read.
+    Among(
+        libc::SYS_fcntl,
+        1,
+        &[libc::F_GETPIPE_SZ as u64, libc::F_SETPIPE_SZ as u64],
+    ),
 ];
 
 /// Images of disks.
@@ -85,12 +91,26 @@ pub(super) const IMAGE: &[Rule] = &[
     ),
 ];
 
+/// Files of images that a job reads, writes or has made in vain.
+pub(super) const JOB: &[Rule] = &[
+    Call(libc::SYS_openat),
+    Call(libc::SYS_unlink),
+    Call(libc::SYS_copy_file_range),
+    Among(
+        libc::SYS_fcntl,
+        1,
+        &[libc::F_SETFL as u64, libc::F_DUPFD_CLOEXEC as u64],
+    ),
+    Among(libc::SYS_ioctl, 1, &[BLKSSZGET, BLKPBSZGET]),
+];
+
 /// The memory of a snapshot, which userfaultfd asks for.
 pub(super) const MEMORY: &[Rule] = &[
     Call(libc::SYS_pread64),
     Call(libc::SYS_preadv),
     Call(libc::SYS_lseek),
     Call(libc::SYS_fstat),
+    Call(libc::SYS_statx),
     Call(libc::SYS_fadvise64),
     Call(libc::SYS_readahead),
     Call(libc::SYS_mincore),
@@ -105,6 +125,8 @@ pub(super) const MEMORY: &[Rule] = &[
             UFFDIO_WAKE,
             UFFDIO_CONTINUE,
             UFFDIO_UNREGISTER,
+            // Whether the program that serves memory has read what it was sent.
+            TIOCOUTQ,
         ],
     ),
 ];
@@ -166,9 +188,11 @@ pub(super) const INTERFACES: &[Rule] = &[
         1,
         &[
             TUNSETIFF,
+            TUNSETOWNER,
             TUNGETIFF,
             TUNGETVNETHDRSZ,
             TUNSETVNETHDRSZ,
+            SIOCGIFINDEX,
             SIOCGIFFLAGS,
             SIOCSIFFLAGS,
             SIOCGIFMTU,

@@ -19,8 +19,8 @@ const THREAD: u64 = (libc::CLONE_VM
     | libc::CLONE_SIGHAND
     | libc::CLONE_THREAD) as u64;
 
-pub(super) const CALLS: &[Rule] = &[
-    // Threads; no process.
+/// Threads of the machine; no process.
+pub(super) const THREADS: &[Rule] = &[
     Bits {
         call: libc::SYS_clone,
         argument: 0,
@@ -33,6 +33,15 @@ pub(super) const CALLS: &[Rule] = &[
     // Filters of the threads that it starts.
     Call(libc::SYS_seccomp),
     Among(libc::SYS_prctl, 0, &[libc::PR_SET_NO_NEW_PRIVS as u64]),
+];
+
+/// Rings of devices; each is then restricted to its operations and files.
+pub(super) const RINGS: &[Rule] = &[
+    Call(libc::SYS_io_uring_setup),
+    Call(libc::SYS_io_uring_register),
+];
+
+pub(super) const CALLS: &[Rule] = &[
     // Files.
     Call(libc::SYS_open),
     Call(libc::SYS_openat),
@@ -118,15 +127,14 @@ pub(super) const CALLS: &[Rule] = &[
             USERFAULTFD_IOC_NEW,
         ],
     ),
-    // Rings of devices; each is then restricted to its operations and files.
-    Call(libc::SYS_io_uring_setup),
-    Call(libc::SYS_io_uring_register),
     Call(libc::SYS_userfaultfd),
     // Clients.
     Call(libc::SYS_socketpair),
     Call(libc::SYS_bind),
     Call(libc::SYS_listen),
     Call(libc::SYS_accept),
+    // To notice the end of a program that serves memory; nothing else can be done with the descriptor.
+    Call(libc::SYS_pidfd_open),
     // Memory.
     Call(libc::SYS_msync),
     Call(libc::SYS_mincore),

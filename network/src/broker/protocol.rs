@@ -73,6 +73,8 @@ pub(super) enum Answer {
     },
     /// It has none, for this reason.
     Refused(String),
+    /// It has none any more.
+    GivenUp,
 }
 
 #[cfg(test)]

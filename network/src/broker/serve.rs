@@ -310,6 +310,16 @@ fn give(
     let queues = open_tap(port.interface(), request.queues);
     let queues = queues.map_err(|reason| NetworkError::Refused { reason })?;
     port.connect()?;
+    pass_on(&port, &queues, client.socket.as_fd())?;
+    Ok(port)
+}
+
+/// Tells a client what its place is, and passes it the queues of its tap.
+pub(super) fn pass_on(
+    port: &Port,
+    queues: &[OwnedFd],
+    socket: BorrowedFd<'_>,
+) -> Result<(), NetworkError> {
     let answer = Answer::Place {
         interface: port.interface().to_owned(),
         address: port.address(),
@@ -317,13 +327,11 @@ fn give(
     let lock = port.lock();
     let descriptors: Vec<_> = queues.iter().map(AsFd::as_fd).chain([lock]).collect();
     // The tap is the client's alone from now on: it vanishes with the client.
-    let sent = answer_with(client.socket.as_fd(), &answer, &descriptors);
-    sent.map_err(NetworkError::netlink("pass on a tap"))?;
-    Ok(port)
+    answer_with(socket, &answer, &descriptors).map_err(NetworkError::netlink("pass on a tap"))
 }
 
 /// Tells a client why it has no place. One that does not read it is not waited for.
-fn refuse(socket: BorrowedFd<'_>, reason: &str) {
+pub(super) fn refuse(socket: BorrowedFd<'_>, reason: &str) {
     // What it has sent must be read: the kernel would report a reset in place of the answer.
     let _ = recv(socket, &mut [0u8][..], RecvFlags::DONTWAIT);
     let mut reason = reason.to_owned();
@@ -335,7 +343,7 @@ fn refuse(socket: BorrowedFd<'_>, reason: &str) {
     let _ = answer_with(socket, &Answer::Refused(reason), &[]);
 }
 
-fn answer_with(
+pub(super) fn answer_with(
     socket: BorrowedFd<'_>,
     answer: &Answer,
     descriptors: &[BorrowedFd<'_>],

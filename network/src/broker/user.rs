@@ -98,7 +98,9 @@ impl Networks {
                 Ok((place, descriptors))
             }
             (Answer::Refused(reason), _) => Err(NetworkError::Refused { reason }),
-            (Answer::Place { .. }, _) => Err(failed(ErrorKind::InvalidData.into())),
+            (Answer::Place { .. } | Answer::GivenUp, _) => {
+                Err(failed(ErrorKind::InvalidData.into()))
+            }
         }
     }
 
@@ -144,7 +146,7 @@ fn connected(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Receives an answer, and the descriptors that come with it.
-fn receive(connection: &OwnedFd) -> io::Result<(Answer, Vec<OwnedFd>)> {
+pub(super) fn receive(connection: &OwnedFd) -> io::Result<(Answer, Vec<OwnedFd>)> {
     const MAX_DESCRIPTORS: usize = MAX_QUEUES as usize + 1;
     let mut packet = [0; MAX_PACKET_SIZE];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];

@@ -56,7 +56,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         on-halt = "exit"
         host-workarounds = false
         seccomp = "log"
-        landlock = true
+        landlock = false
         coredump = true
 
         [[disk]]
@@ -133,7 +133,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         on_halt: OnHalt::Exit,
         host_workarounds: false,
         seccomp: Seccomp::Log,
-        landlock: true,
+        landlock: false,
         coredump: true,
         ..MachineConfig::new("unused")
     };

@@ -14,7 +14,6 @@ use super::snapshot::Parts;
 use super::throttle::Throttle;
 use super::write_log::WriteLog;
 use crate::command::{Answer, MigrationOrder};
-use crate::config::Seccomp;
 use crate::error::Error;
 use crate::exit_reason::ExitReason;
 use crate::lock::lock;
@@ -181,11 +180,15 @@ impl Controller {
     /// ([`Command::Migrate`](crate::Command::Migrate)).
     ///
     /// # Errors
-    /// Those of [`Controller::migrate`]; also if nobody listens there, or the way leads over a network that others may read,
-    /// and that is not allowed.
+    /// Those of [`Controller::migrate`]; also if nobody listens there, the address has the name of a host
+    /// ([`MigrationAddress::looked_up`](crate::MigrationAddress::looked_up)), or the way leads over a network that others
+    /// may read, and that is not allowed.
     pub fn migrate_to(&self, order: &MigrationOrder) -> Result<Answer, Error> {
-        if self.configuration()?.seccomp == Seccomp::Kill {
-            return Err(Error::ConfinedMigration);
+        // A look-up loads libraries of the host, which a process that is confined cannot do.
+        if order.destination.names_a_host() {
+            return Err(Error::NamedDestination {
+                destination: order.destination.clone(),
+            });
         }
         if !order.insecure && !order.destination.is_local() {
             return Err(Error::InsecureMigration);

@@ -11,6 +11,7 @@ use bantam_devices::virtio::owner::DeviceHandle;
 use bantam_storage::{
     CacheMode, Disk, DiskOptions, FileAccess, FileOpener, HostOpener, ImageFormat, LockMode,
 };
+use tracing::subscriber::{NoSubscriber, with_default};
 
 use super::{Build, NewDevice, Opening};
 use crate::config::{
@@ -134,8 +135,10 @@ pub fn disk_files(config: &DiskConfig) -> Vec<PathBuf> {
         lock: LockMode::Off,
         ..disk_options(config)
     };
-    // What is wrong with the image is said when the machine is started.
-    let _ = Disk::open_by(&opener, &config.path, &options);
+    // What is wrong with the image, or worth a warning, is said when the machine is started.
+    with_default(NoSubscriber::default(), || {
+        let _ = Disk::open_by(&opener, &config.path, &options);
+    });
     let opened = opener.opened.into_inner();
     let mut files = opened.unwrap_or_else(PoisonError::into_inner);
     files.push(config.path.clone());

@@ -19,13 +19,14 @@ use bantam_devices::virtio::balloon::{Balloon, BalloonOptions};
 use bantam_devices::virtio::owner::DeviceHandle;
 use bantam_devices::virtio::rng::{self, Rng};
 use bantam_devices::virtio::vsock::Vsock;
+use bantam_network::PlaceKeeper;
 use bantam_storage::FileAccess;
 
 pub(crate) use builder::Builder;
 use builder::NewDevice;
 pub use disk::{check_disk, disk_files};
 pub(crate) use legacy::{LegacyDevice, LegacyDevices};
-pub use net::serve_network_places;
+pub use net::{keep_network_places, serve_network_places};
 pub(crate) use saved::SavedDevice;
 pub(crate) use serial_end::{OpenSerial, SerialGuard};
 pub use streams::Stream;
@@ -41,6 +42,7 @@ use crate::metadata::MachineMetadata;
 pub(crate) struct Opening<'a> {
     pub(crate) config: &'a MachineConfig,
     pub(crate) opener: &'a Arc<dyn Opener>,
+    pub(crate) place_keeper: Option<&'a Arc<PlaceKeeper>>,
     /// The program's end, until one of the streams has taken it.
     pub(crate) stdio: &'a mut Console,
     pub(crate) metadata: Option<&'a MachineMetadata>,

@@ -7,6 +7,7 @@ mod user;
 use std::path::Path;
 use std::sync::Arc;
 
+use bantam_devices::opener::Opener;
 use bantam_devices::tap::{QueueCount, Tap};
 use bantam_devices::virtio::net::{FrameStream, Net, NetBackend};
 use bantam_devices::virtio::owner::DeviceHandle;
@@ -14,7 +15,7 @@ use bantam_devices::virtio::owner::DeviceHandle;
 use super::{Build, NewDevice, Opening};
 use crate::config::{Mtu, NetConfig, NetEnd, QueuePairs};
 use crate::error::Error;
-pub use host::serve_network_places;
+pub use host::{keep_network_places, serve_network_places};
 use user::UserBackend;
 
 /// Opens what all network devices are connected to.
@@ -27,13 +28,13 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
         let mut user = None;
         let backend: Arc<dyn NetBackend> = match net.end() {
             NetEnd::Tap(tap) => {
-                let open = || open_tap(opening, net, tap.as_str(), vcpu_count);
+                let open = || open_tap(&**opening.opener, net, tap.as_str(), vcpu_count);
                 Arc::new(match &net.netns {
                     Some(namespace) => namespace::inside(namespace, open)?,
                     None => open()?,
                 })
             }
-            NetEnd::Host(network) => Arc::new(host::open(opening, net, network, mac, vcpu_count)?),
+            NetEnd::Host(network) => Arc::new(host::open(opening, index, network, mac)?),
             NetEnd::Descriptor(fd) => Arc::new(opening.opener.adopt_tap(fd)?),
             NetEnd::Passt(path) => Arc::new(open_passt(opening, path, net.label(index))?),
             NetEnd::User => {
@@ -97,14 +98,14 @@ fn wanted_queues(config: &NetConfig, vcpu_count: u8) -> QueueCount {
 }
 
 fn open_tap(
-    opening: &Opening<'_>,
+    opener: &dyn Opener,
     config: &NetConfig,
     name: &str,
     vcpu_count: u8,
 ) -> Result<Tap, Error> {
     let queues = wanted_queues(config, vcpu_count);
     let mtu = config.mtu.map(Mtu::get);
-    let tap = opening.opener.tap(name, mtu, queues)?;
+    let tap = opener.tap(name, mtu, queues)?;
     if config.queues.is_none() && tap.queues().len() < queues.get() {
         tracing::info!(
             "tap '{name}' was made with a single queue, so {vcpu_count} vCPUs share one; made \

@@ -5,13 +5,16 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use bantam_devices::opener::Opener;
 use bantam_devices::tap::{FrameFilter, Offloads, QueueCount, Tap};
 use bantam_devices::virtio::net::{NetBackend, NetQueue};
-use bantam_network::{Attachment, Mac, Networks, Place, Port, UserPlace, can_administer_network};
-use bantam_storage::FileAccess;
+use bantam_network::{
+    Attachment, KeptPlace, Mac, Networks, Place, Port, UserPlace, can_administer_network,
+};
+use bantam_storage::{FileAccess, HostOpener};
 
 use super::Opening;
-use crate::config::{HostNetwork, Mtu, NetConfig};
+use crate::config::{HostNetwork, MachineConfig, Mtu, NetConfig, NetEnd};
 use crate::error::Error;
 
 /// A tap with its place on a network.
@@ -28,62 +31,114 @@ enum Held {
     Own { _port: Port },
     /// One that a process of root has given to it.
     Given { _place: UserPlace },
+    /// One that the process beside it has taken.
+    Kept { _place: KeptPlace },
 }
 
-/// Gives a guest with the address `mac` a place on a network, and opens the tap that leads there.
+/// Gives the guest of the network device `index`, which has the address `mac`, a place on a network, and opens the tap that
+/// leads there.
 ///
 /// # Errors
 /// If there is no place for it, or no tap can be made.
 pub(super) fn open(
     opening: &Opening<'_>,
-    config: &NetConfig,
+    index: usize,
     network: HostNetwork,
     mac: [u8; 6],
-    vcpu_count: u8,
 ) -> Result<HostBackend, Error> {
+    let config = &opening.config.nets[index];
+    let vcpu_count = opening.config.cpus.get();
     let label = network.to_string();
-    let attachment = Attachment {
-        place: match network {
-            HostNetwork::Network(name) => Place::Network(name),
-            HostNetwork::Bridge(name) => Place::Bridge(name),
-            HostNetwork::Beside(name) => Place::Beside(name),
-        },
-        mac: Mac(mac),
-        hostname: config.host_name(),
-        filter: config.filter,
+    let backend = |tap: Tap, place| HostBackend {
+        label: format!("tap '{}' on {label}", tap.name()),
+        tap,
+        _place: place,
     };
+    let attachment = Attachment {
+        mac: Mac(mac),
+        ..attachment(config, network)
+    };
+    if let Some(keeper) = opening.place_keeper {
+        let (place, queues) = keeper.take(index, attachment.mac)?;
+        let tap = Tap::of_queues(queues)?;
+        return Ok(backend(tap, Held::Kept { _place: place }));
+    }
     if let Place::Network(name) = &attachment.place
         && !can_administer_network()
     {
         let queues = super::wanted_queues(config, vcpu_count);
         let (place, queues) = Networks::of_host().ask_for_place(name, &attachment, queues.get())?;
         let tap = Tap::of_queues(queues)?;
-        return Ok(HostBackend {
-            label: format!("tap '{}' on {label}", tap.name()),
-            tap,
-            _place: Held::Given { _place: place },
-        });
+        return Ok(backend(tap, Held::Given { _place: place }));
     }
     let port = Networks::of_host().attach(&attachment)?;
-    let tap = match port.device() {
-        Some(device) => {
-            let queues = super::wanted_queues(config, vcpu_count).get();
-            let open = |_| opening.opener.file(device, FileAccess::ReadWrite);
-            let files = (0..queues).map(open).collect::<io::Result<Vec<_>>>();
-            let files = files.map_err(|source| Error::OpenTapDevice {
-                path: device.to_owned(),
-                source,
-            })?;
-            Tap::beside(files, port.interface(), config.mtu.map(Mtu::get))?
-        }
-        None => super::open_tap(opening, config, port.interface(), vcpu_count)?,
-    };
+    let tap = open_tap(&**opening.opener, config, &port, vcpu_count)?;
     port.connect()?;
-    Ok(HostBackend {
-        label: format!("tap '{}' on {label}", tap.name()),
-        tap,
-        _place: Held::Own { _port: port },
-    })
+    Ok(backend(tap, Held::Own { _port: port }))
+}
+
+/// Returns what a network device needs of a network, without its address.
+fn attachment(config: &NetConfig, network: HostNetwork) -> Attachment {
+    Attachment {
+        place: match network {
+            HostNetwork::Network(name) => Place::Network(name),
+            HostNetwork::Bridge(name) => Place::Bridge(name),
+            HostNetwork::Beside(name) => Place::Beside(name),
+        },
+        mac: Mac([0; 6]),
+        hostname: config.host_name(),
+        filter: config.filter,
+    }
+}
+
+/// Opens the tap of a place.
+fn open_tap(
+    opener: &dyn Opener,
+    config: &NetConfig,
+    port: &Port,
+    vcpu_count: u8,
+) -> Result<Tap, Error> {
+    let Some(device) = port.device() else {
+        return super::open_tap(opener, config, port.interface(), vcpu_count);
+    };
+    let queues = super::wanted_queues(config, vcpu_count).get();
+    let open = |_| opener.file(device, FileAccess::ReadWrite);
+    let files = (0..queues).map(open).collect::<io::Result<Vec<_>>>();
+    let files = files.map_err(|source| Error::OpenTapDevice {
+        path: device.to_owned(),
+        source,
+    })?;
+    Ok(Tap::beside(
+        files,
+        port.interface(),
+        config.mtu.map(Mtu::get),
+    )?)
+}
+
+/// Takes the places of a machine on networks of the host, for the process that has the other end of `socket`
+/// ([`ControllerOptions::place_keeper`](crate::ControllerOptions::place_keeper)), and gives them up, until that end is closed.
+///
+/// # Errors
+/// If that process, which has the number `machine`, cannot be waited for.
+pub fn keep_network_places(
+    config: &MachineConfig,
+    machine: u32,
+    socket: &OwnedFd,
+) -> io::Result<()> {
+    let wanted: Vec<_> = config
+        .nets
+        .iter()
+        .map(|net| match net.end() {
+            NetEnd::Host(network) => Some(attachment(net, network)),
+            _ => None,
+        })
+        .collect();
+    let vcpu_count = config.cpus.get();
+    let mut make_tap = |place: usize, port: &Port| {
+        let tap = open_tap(&HostOpener, &config.nets[place], port, vcpu_count);
+        tap.map(Tap::into_queues).map_err(|error| error.to_string())
+    };
+    Networks::of_host().keep_places(socket, machine, &wanted, &mut make_tap)
 }
 
 /// Gives users places on the network whose folder is `folder`, for clients of `listener`: what the process that `bantam
