@@ -41,9 +41,30 @@ pub(crate) fn try_share(file: &File, purpose: Purpose) -> io::Result<bool> {
     set(file, &request(purpose, libc::F_RDLCK))
 }
 
-/// Gives a lock back, also on behalf of processes that have inherited the file.
-pub(crate) fn release(file: &File, purpose: Purpose) -> io::Result<()> {
-    set(file, &request(purpose, libc::F_UNLCK)).map(drop)
+/// A file that has the lock for [changes](Purpose::Change), alone or with others, until this is dropped.
+///
+/// A process that another thread is just starting has all open files, and so the lock, until it executes its program. So the
+/// lock is given back before the file is closed.
+#[derive(Debug)]
+pub(crate) struct ChangeLock(File);
+
+impl ChangeLock {
+    /// Is given a file that has the lock.
+    pub(crate) fn of(file: File) -> ChangeLock {
+        ChangeLock(file)
+    }
+
+    /// Lets others share the lock.
+    pub(crate) fn share(&self) -> io::Result<bool> {
+        try_share(&self.0, Purpose::Change)
+    }
+}
+
+impl Drop for ChangeLock {
+    fn drop(&mut self) {
+        // If this fails, the lock ends with the last process that has the file.
+        let _ = set(&self.0, &request(Purpose::Change, libc::F_UNLCK));
+    }
 }
 
 fn set(file: &File, request: &libc::flock) -> io::Result<bool> {
@@ -93,11 +114,20 @@ mod tests {
         let inherited = owner.try_clone().unwrap();
         drop(owner);
         assert!(is_locked(&asking, Purpose::Life).unwrap());
-        let other_inherited = inherited.try_clone().unwrap();
         drop(inherited);
-        assert!(is_locked(&asking, Purpose::Life).unwrap());
-        release(&other_inherited, Purpose::Life).unwrap();
         assert!(!is_locked(&asking, Purpose::Life).unwrap());
+    }
+
+    #[test]
+    fn a_command_gives_its_lock_back_although_another_process_has_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lock");
+        let file = create(&path).unwrap();
+        assert!(try_lock(&file, Purpose::Change).unwrap());
+        let inherited = file.try_clone().unwrap();
+        drop(ChangeLock::of(file));
+        assert!(!is_locked(&File::open(&path).unwrap(), Purpose::Change).unwrap());
+        drop(inherited);
     }
 
     #[test]

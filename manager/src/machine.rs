@@ -17,7 +17,7 @@ use crate::error::Error;
 use crate::files;
 use crate::folders::Folders;
 use crate::history::{EndReason, Run, RunEnd};
-use crate::lock::{self, Purpose};
+use crate::lock::{self, ChangeLock, Purpose};
 use crate::mac::give_mac_addresses;
 use crate::name::MachineName;
 use crate::states::states;
@@ -109,7 +109,7 @@ impl MachineState {
 /// The right to change what belongs to a machine, until this is dropped. No two commands have it at once.
 #[derive(Debug)]
 pub(crate) struct Change {
-    lock: File,
+    lock: ChangeLock,
 }
 
 /// What a command may do with a machine that it copies, until this is dropped.
@@ -117,8 +117,8 @@ pub(crate) struct Change {
 pub(crate) enum CopyAccess {
     /// Read what belongs to a machine that does not run. Others may read it too, and nobody can change it.
     Shared {
-        /// Has the lock.
-        _lock: File,
+        /// Is shared with others.
+        _lock: ChangeLock,
     },
     /// Change a machine that runs.
     Exclusive(Change),
@@ -130,22 +130,8 @@ impl Change {
         let path = folder.join(file::LOCK);
         let lock = lock::create(&path).map_err(Error::file("open", &path))?;
         lock::try_lock(&lock, Purpose::Change).map_err(Error::file("lock", &path))?;
+        let lock = ChangeLock::of(lock);
         Ok(Change { lock })
-    }
-}
-
-impl Drop for Change {
-    fn drop(&mut self) {
-        // A process that another thread is just starting has all open files, and so the lock, until it executes its program.
-        // If this fails, the file has the lock until it is closed.
-        let _ = lock::release(&self.lock, Purpose::Change);
-    }
-}
-
-impl Change {
-    /// Has the right that comes with a lock, which is held.
-    pub(crate) fn of(lock: File) -> Change {
-        Change { _lock: lock }
     }
 }
 
@@ -423,9 +409,9 @@ impl Machine {
                 if self.is_active()? {
                     return Ok(CopyAccess::Exclusive(change));
                 }
-                let lock = change.lock;
+                let Change { lock } = change;
                 let path = self.file(file::LOCK);
-                lock::try_share(&lock, Purpose::Change).map_err(Error::file("lock", &path))?;
+                lock.share().map_err(Error::file("lock", &path))?;
                 return Ok(CopyAccess::Shared { _lock: lock });
             }
             if let Some(lock) = self.lock_by(action, lock::try_share)?
@@ -447,7 +433,7 @@ impl Machine {
         &self,
         action: &'static str,
         take: impl Fn(&File, Purpose) -> io::Result<bool>,
-    ) -> Result<Option<File>, Error> {
+    ) -> Result<Option<ChangeLock>, Error> {
         let path = self.file(file::LOCK);
         if !self.exists() {
             return Err(self.not_found());
@@ -466,7 +452,7 @@ impl Machine {
         let _ = file
             .set_len(0)
             .and_then(|()| file.write_all_at(note.as_bytes(), 0));
-        Ok(Some(file))
+        Ok(Some(ChangeLock::of(file)))
     }
 
     fn busy(&self, action: &'static str) -> Error {

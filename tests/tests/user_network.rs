@@ -240,7 +240,7 @@ fn a_limit_of_packets_is_one_of_new_connections() {
         let machine = Bantam::payload("load")
             .option("--net", "user,tx-packets-per-second=200")
             .option("--memory", "64M")
-            .append(&format!(
+            .append(format!(
                 "test=tcp peer={SERVER}:{port} mode=connect depth=8 operations=200"
             ))
             .start();
