@@ -150,7 +150,7 @@ fn errors_in_a_machine_file_name_the_line() {
              'vsock', 'metadata', 'smbios', 'serial', 'serial-limit', 'console', 'channel', 'rng', \
              'balloon', 'boot-protocol', 'on-reboot', 'restart-limit', 'shutdown-timeout', 'exit-status', \
              'on-halt', 'host-workarounds', 'boot-timer', 'track-dirty-pages', 'seccomp', \
-             'landlock', 'coredump', 'gdb'",
+             'landlock', 'coredump', 'cgroup', 'gdb'",
         ),
         (
             "[[disk]]\npath = 'a'\n\n[[disk]]\npath = 'b'\nsize = 1",
