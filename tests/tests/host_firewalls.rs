@@ -95,12 +95,13 @@ impl Machine {
 
     /// Whether it gets an address.
     fn has_dhcp(&self) -> bool {
+        // The server first sees for three seconds whether anybody else has the address.
         let script = "/run/lease.sh";
         fs::write(script, LEASE_SCRIPT).expect("it is ours");
         fs::set_permissions(script, fs::Permissions::from_mode(0o755)).expect("it is ours");
         assert!(self.runs("ip addr flush dev eth0"));
         self.runs(&format!(
-            "busybox udhcpc -i eth0 -n -q -f -t 4 -T 1 -s {script}"
+            "busybox udhcpc -i eth0 -n -q -f -t 10 -T 1 -s {script}"
         ))
     }
 
