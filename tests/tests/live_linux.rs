@@ -34,7 +34,8 @@ fn finish_job(machine: &Controller, job: DiskJob) {
         };
         match status.state {
             JobState::Ready => break,
-            JobState::Copying if Instant::now() < deadline => {}
+            // The end of one that has failed says why.
+            JobState::Copying | JobState::Ending if Instant::now() < deadline => {}
             // This job finishes by itself.
             JobState::Finished => return,
             other => panic!("{other:?}"),
