@@ -87,23 +87,21 @@ impl MachineProcess {
         &self.machine
     }
 
+    /// Returns the machine in the folder that it has now, which is another one until it has arrived.
+    fn present(&self) -> Machine {
+        let machine = &self.machine;
+        match machine.exists() {
+            true => machine.clone(),
+            false => Machine::arriving(&machine.folders, machine.name().clone()),
+        }
+    }
+
     /// Moves this process into a control group with the limits of the machine file, if there are any.
     ///
     /// # Errors
     /// If the machine file cannot be read, or the host does not let the process be limited so.
     pub fn limit(&mut self) -> Result<(), Error> {
-        let machine = &self.machine;
-        self.group = match self
-            .run
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner)
-            .origin
-        {
-            RunOrigin::Migrated => {
-                Machine::arriving(&machine.folders, machine.name().clone()).enter_control_group()?
-            }
-            _ => machine.enter_control_group()?,
-        };
+        self.group = self.present().enter_control_group()?;
         Ok(())
     }
 
@@ -195,15 +193,15 @@ impl MachineProcess {
     }
 
     /// Removes what only a running machine has. The lock goes with the process.
-    pub fn leave(self) {
-        if let Some(Err(error)) = self.group.map(ControlGroup::leave) {
+    pub fn leave(mut self) {
+        if let Some(Err(error)) = self.group.take().map(ControlGroup::leave) {
             // It is removed by the next command, or with the group that it is in.
             tracing::info!("the control group of the machine stays: {error}");
             return;
         }
         let machine = &self.machine;
         if !machine.exists() {
-            Machine::arriving(&machine.folders, machine.name().clone()).forget_arrival();
+            self.present().forget_arrival();
         }
         let runtime = machine.runtime();
         let removed = files::remove_folder(runtime).map_err(Error::file("remove", runtime));

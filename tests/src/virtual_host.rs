@@ -1,7 +1,7 @@
 //! Hosts with networks of their own, for tests of networks: namespaces in which no packet leaves them.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::net::TcpListener;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
@@ -11,6 +11,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
+use crate::world::read_request;
 use crate::{Bantam, Ended, Running, monitor};
 
 /// The host's address in the world.
@@ -119,11 +120,7 @@ impl Drop for World {
 fn serve(listener: &TcpListener) {
     for stream in listener.incoming() {
         let mut stream = stream.expect("connections can be accepted");
-        let mut request = Vec::new();
-        let mut byte = [0];
-        while !request.ends_with(b"\r\n\r\n") && matches!(stream.read(&mut byte), Ok(1)) {
-            request.push(byte[0]);
-        }
+        read_request(&mut stream);
         let peer = stream.peer_addr().expect("it is connected").ip();
         let _ = write!(stream, "HTTP/1.0 200 OK\r\n\r\nFETCHED by {peer}\n");
     }

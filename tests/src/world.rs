@@ -74,6 +74,15 @@ pub fn serve_names(socket: &UdpSocket) {
     }
 }
 
+/// Reads a request of HTTP without a body.
+pub(crate) fn read_request(stream: &mut TcpStream) {
+    let mut request = Vec::new();
+    let mut byte = [0];
+    while !request.ends_with(b"\r\n\r\n") && matches!(stream.read(&mut byte), Ok(1)) {
+        request.push(byte[0]);
+    }
+}
+
 /// Answers every request of HTTP with a file.
 ///
 /// # Panics
@@ -81,11 +90,7 @@ pub fn serve_names(socket: &UdpSocket) {
 pub fn serve_file(listener: &TcpListener) {
     for stream in listener.incoming() {
         let mut stream = stream.expect("connections can be accepted");
-        let mut request = Vec::new();
-        let mut byte = [0];
-        while !request.ends_with(b"\r\n\r\n") && matches!(stream.read(&mut byte), Ok(1)) {
-            request.push(byte[0]);
-        }
+        read_request(&mut stream);
         let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {FILE_SIZE}\r\n\r\n");
         let file = pattern(5, 0, FILE_SIZE);
         let sent = stream.write_all(&[head.as_bytes(), &file].concat());

@@ -552,13 +552,8 @@ fn what_is_read_from_an_image_is_in_the_dirty_log() {
         machine.offer(VIRTIO_BLK_T_IN, 0, &[(DATA, 0x5000), (DATA + 0x8000, 512)]);
         machine.memory.start_dirty_log().unwrap();
         machine.run(1);
-        let dirty: Vec<u64> = machine
-            .memory
-            .take_dirty()
-            .unwrap()
-            .iter()
-            .map(|it| it.0)
-            .collect();
+        let pages = machine.memory.take_dirty().unwrap();
+        let dirty: Vec<u64> = pages.iter().map(|page| page.0).collect();
         let used = RINGS + 0x2000;
         let mut expected = vec![used, HEADERS];
         expected.extend((0..5).map(|page| DATA + page * 0x1000));

@@ -6,6 +6,12 @@ const PAGE: u64 = 0x1000;
 /// The page with the used ring of the receive queue.
 const USED: u64 = RECEIVE_RINGS + 0x2000;
 
+/// Takes the pages of the log.
+fn dirty_pages(memory: &GuestMemory) -> Vec<u64> {
+    let pages = memory.take_dirty().unwrap();
+    pages.iter().map(|page| page.0).collect()
+}
+
 /// Sends `count` packets to the driver, and returns the pages of its buffers that are then in the log,
 /// counted from the first.
 fn dirty_after(machine: &mut Machine, count: usize, len: usize) -> Vec<u64> {
@@ -14,13 +20,7 @@ fn dirty_after(machine: &mut Machine, count: usize, len: usize) -> Vec<u64> {
         machine.host_sends(&packet(len, 0));
     }
     machine.run();
-    let mut pages: Vec<u64> = machine
-        .memory
-        .take_dirty()
-        .unwrap()
-        .iter()
-        .map(|it| it.0)
-        .collect();
+    let mut pages = dirty_pages(&machine.memory);
     assert!(pages.contains(&USED));
     pages.retain(|&page| page >= DATA);
     pages.iter().map(|page| (page - DATA) / PAGE).collect()
@@ -67,12 +67,6 @@ fn what_the_driver_sends_is_not_in_the_log() {
     machine.memory.start_dirty_log().unwrap();
     machine.run();
     assert!(machine.host_receives().is_some());
-    let dirty: Vec<u64> = machine
-        .memory
-        .take_dirty()
-        .unwrap()
-        .iter()
-        .map(|it| it.0)
-        .collect();
+    let dirty = dirty_pages(&machine.memory);
     assert_eq!(dirty, [TRANSMIT_RINGS + 0x2000]);
 }
