@@ -6,7 +6,7 @@
 #   build.sh kernel small|full   vmlinux
 #   build.sh kernel distribution vmlinux and its configuration: the kernel that is installed with Bantam
 #   build.sh bzimages            the small kernel's bzImage in every compression format
-#   build.sh rootfs              rootfs.ext4 and initrd.cpio
+#   build.sh rootfs              rootfs.ext4, initrd.cpio and bantam-agent
 #   build.sh sysprep             sysprep.cpio, the initrd of the helper machine
 #   build.sh all                 all of these
 #   build.sh run                 what "make run" boots on this host: a kernel, an initrd if the kernel
@@ -301,6 +301,7 @@ build_rootfs() {
     printf 'root:x:0:\n' >"$root/etc/group"
     printf 'PS1="bantam:\\w# "\n' >"$root/etc/profile"
 
+    install -m 755 -- "$root/sbin/init" "$work/result/bantam-agent"
     make_ext4 "$root" "$work/result/rootfs.ext4"
     make_initrd "$root/sbin/init" >"$work/result/initrd.cpio"
 }
@@ -379,7 +380,7 @@ case ${*:-} in
         ;;
     rootfs)
         rootfs
-        printf '%s\n' "$folder"/{rootfs.ext4,initrd.cpio}
+        printf '%s\n' "$folder"/{rootfs.ext4,initrd.cpio,bantam-agent}
         ;;
     sysprep)
         sysprep
@@ -405,7 +406,7 @@ case ${*:-} in
         distribution_kernel
         printf '%s\n' "$folder"/{vmlinux,config}-*
         rootfs
-        printf '%s\n' "$folder"/{rootfs.ext4,initrd.cpio}
+        printf '%s\n' "$folder"/{rootfs.ext4,initrd.cpio,bantam-agent}
         sysprep
         printf '%s\n' "$folder/sysprep.cpio"
         ;;

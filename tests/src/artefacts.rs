@@ -125,6 +125,8 @@ pub struct RootFileSystem {
     pub ext4: PathBuf,
     /// An initial RAM disk with only the agent.
     pub initrd: PathBuf,
+    /// The agent by itself.
+    pub agent: PathBuf,
 }
 
 impl RootFileSystem {
@@ -138,6 +140,7 @@ impl RootFileSystem {
         Self {
             ext4: file_named("rootfs.ext4", &paths),
             initrd: file_named("initrd.cpio", &paths),
+            agent: file_named("bantam-agent", &paths),
         }
     }
 }

@@ -147,7 +147,7 @@ impl BusyLinux {
 }
 
 /// Makes a root file system of busybox in `folder` with these scripts, each a name and its text, the way
-/// docs/ci.md does.
+/// docs/ci.md does, and with the test agent as `agent`.
 ///
 /// # Panics
 ///
@@ -165,6 +165,8 @@ pub fn scripted_root(folder: &Path, scripts: &[(&str, &str)]) -> PathBuf {
         symlink("busybox", tree.join("bin").join(applet))
             .expect("there is room for temporary files");
     }
+    fs::copy(RootFileSystem::new().agent, tree.join("bin/agent"))
+        .expect("there is room for temporary files");
     for (name, text) in scripts {
         let path = tree.join(name);
         fs::write(&path, text).expect("there is room for temporary files");

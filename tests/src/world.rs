@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, TcpListener, TcpStream, UdpSocket};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,6 +13,8 @@ use crate::pattern;
 
 /// An address of the world.
 pub const SERVER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 7);
+/// The same server's address of IPv6.
+pub const SERVER_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 7);
 /// One that the guest may not reach.
 pub const FORBIDDEN: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 8);
 /// What the guest fetches.
@@ -31,6 +33,7 @@ pub fn in_world(test: impl FnOnce() + Send + 'static) {
         for address in [SERVER, FORBIDDEN] {
             ip(&format!("address add {address}/32 dev lo"));
         }
+        ip(&format!("address add {SERVER_V6}/128 dev lo nodad"));
         fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")
             .expect("the setting is that of the namespace");
         test();
@@ -52,7 +55,7 @@ pub fn ip(arguments: &str) {
     );
 }
 
-/// Answers every query for an IPv4 address with [`SERVER`], and others with nothing.
+/// Answers queries for the addresses of names: `six.test` has [`SERVER_V6`] only, and every other one [`SERVER`] only.
 ///
 /// # Panics
 /// If a query is not one, or the guest is gone.
@@ -62,13 +65,18 @@ pub fn serve_names(socket: &UdpSocket) {
         let question = &query[12..size];
         let name_size = question.iter().position(|&byte| byte == 0);
         let name_size = name_size.expect("a name ends with an empty label") + 1;
-        let asks_for_address = question[name_size..name_size + 2] == [0, 1];
+        let kind = &question[name_size..name_size + 2];
+        let address = match question.starts_with(b"\x03six") {
+            true => (kind == [0, 28]).then(|| SERVER_V6.octets().to_vec()),
+            false => (kind == [0, 1]).then(|| SERVER.octets().to_vec()),
+        };
         let mut answer = query[..2].to_vec();
-        answer.extend([0x81, 0x80, 0, 1, 0, asks_for_address.into(), 0, 0, 0, 0]);
+        answer.extend([0x81, 0x80, 0, 1, 0, address.is_some().into(), 0, 0, 0, 0]);
         answer.extend(&question[..name_size + 4]);
-        if asks_for_address {
-            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 250, 0, 4]);
-            answer.extend(SERVER.octets());
+        if let Some(address) = address {
+            answer.extend([0xc0, 12, kind[0], kind[1], 0, 1, 0, 0, 0, 250]);
+            answer.extend([0, address.len() as u8]);
+            answer.extend(address);
         }
         socket.send_to(&answer, peer).expect("the guest is there");
     }

@@ -103,6 +103,11 @@ pub enum Command {
         length: u64,
         seed: u64,
     },
+    /// `lines=N`, how many different lines this many simultaneous connections to the peer got.
+    NetTcpCrowd {
+        peer: SocketAddrV4,
+        connections: u32,
+    },
     /// `bytes=N rate=RATE`, once data was exchanged on this many simultaneous connections to a port
     /// of the host.
     VsockConnect(Exchange),
@@ -229,6 +234,10 @@ impl FromStr for Command {
                 peer: arguments.peer()?,
                 length: arguments.size("length")?,
                 seed: arguments.parsed("seed")?,
+            },
+            "net-tcp-crowd" => Self::NetTcpCrowd {
+                peer: arguments.peer()?,
+                connections: arguments.parsed("connections")?,
             },
             "vsock-connect" => Self::VsockConnect(arguments.exchange()?),
             "vsock-listen" => Self::VsockListen(arguments.exchange()?),

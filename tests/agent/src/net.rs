@@ -2,6 +2,7 @@
 
 //! Commands about network interfaces.
 
+use std::collections::HashSet;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddrV4, TcpStream};
 use std::time::{Duration, Instant};
@@ -160,6 +161,23 @@ pub fn tcp_receive(peer: SocketAddrV4, length: u64, seed: u64) -> Result<String>
         "bytes={received} rate={}",
         rate(received, started.elapsed())
     ))
+}
+
+/// Reads a line from each of these connections once all are there.
+pub fn tcp_crowd(peer: SocketAddrV4, connections: u32) -> Result<String> {
+    let streams = (0..connections).map(|number| {
+        TcpStream::connect(peer).context(format_args!("make connection {number} to {peer}"))
+    });
+    let streams = streams.collect::<Result<Vec<_>>>()?;
+    let mut lines = HashSet::new();
+    for (number, mut stream) in streams.into_iter().enumerate() {
+        let mut line = String::new();
+        stream
+            .read_to_string(&mut line)
+            .context(format_args!("read from connection {number}"))?;
+        lines.insert(line);
+    }
+    Ok(format!("lines={}", lines.len()))
 }
 
 /// Returns the part of the buffer that is needed for the rest.

@@ -102,6 +102,7 @@ fn carry_out(command: &Command, word: &str) -> Result<Outcome> {
         Command::NetInfo { ref interface } => net::info(interface)?,
         Command::NetTcpSend { peer, length, seed } => net::tcp_send(peer, length, seed)?,
         Command::NetTcpReceive { peer, length, seed } => net::tcp_receive(peer, length, seed)?,
+        Command::NetTcpCrowd { peer, connections } => net::tcp_crowd(peer, connections)?,
         Command::VsockConnect(exchange) => vsock::connect(exchange)?,
         Command::VsockListen(exchange) => vsock::listen(exchange, waiting)?,
         Command::VsockEcho { port } => vsock::echo(port, waiting)?,
