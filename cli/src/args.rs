@@ -354,12 +354,12 @@ pub struct ApiArgs {
     pub mmds_size_limit: Option<usize>,
 
     /// What happens at a system call that a thread of Bantam never makes, as for bantam run
-    #[arg(long, value_name = "kill|log|off", default_value = "off", hide_possible_values = true,
+    #[arg(long, value_name = "kill|log|off", default_value = "kill", hide_possible_values = true,
         value_parser = choice::<Seccomp, _>(["kill", "log", "off"]))]
     pub seccomp: Seccomp,
 
     /// Whether Bantam is kept from executing programs and making device files: on or off
-    #[arg(long, value_name = "on|off", default_value = "off", hide_possible_values = true, action = ArgAction::Set,
+    #[arg(long, value_name = "on|off", default_value = "on", hide_possible_values = true, action = ArgAction::Set,
         value_parser = switch())]
     pub landlock: bool,
 

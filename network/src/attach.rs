@@ -301,15 +301,15 @@ impl Port {
                 .delete_link(link.index)
                 .map_err(NetworkError::netlink(action))?;
         }
-        port::forget(&self.networks.folders, &self.record.interface)?;
-        let Some(name) = &self.record.network else {
-            return Ok(());
-        };
-        let (living, _) = port::records(&self.networks.folders)?;
-        match self.networks.state(name)? {
-            Some(state) => self.networks.update(&state.definition, &living),
-            None => Ok(()),
+        if let Some(name) = &self.record.network
+            && let Some(state) = self.networks.state(name)?
+        {
+            let (mut living, _) = port::records(&self.networks.folders)?;
+            living.retain(|record| record.interface != self.record.interface);
+            self.networks.update(&state.definition, &living)?;
         }
+        // The record comes last: if this process is killed before, the next command finds it and does the same.
+        port::forget(&self.networks.folders, &self.record.interface)
     }
 }
 

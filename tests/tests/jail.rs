@@ -16,12 +16,6 @@ fn machine(disk: &Path) -> Bantam {
         .disk(disk, ",iothread=on")
 }
 
-fn confined(disk: &Path) -> Bantam {
-    machine(disk)
-        .option("--seccomp", "kill")
-        .option("--landlock", "on")
-}
-
 fn running(bantam: Bantam) -> Running {
     let running = bantam.start();
     running.wait_for_output("hello");
@@ -47,10 +41,10 @@ fn threads(pid: Pid, key: &str) -> Vec<(String, String)> {
 }
 
 #[test]
-fn every_thread_has_filters_and_cannot_gain_privileges() {
+fn by_default_every_thread_has_filters_and_cannot_gain_privileges() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
-    let running = running(confined(&folder.path().join("disk")));
+    let running = running(machine(&folder.path().join("disk")));
     let filters = threads(running.pid(), "Seccomp_filters");
     let count = |name: &str| {
         let found = filters.iter().find(|(it, _)| it == name);
@@ -93,7 +87,7 @@ fn no_descriptor_is_passed_on_and_the_environment_is_cleared() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let secret = "BNTM_TEST_SECRET=of-the-user";
-    let machine = confined(&folder.path().join("disk"));
+    let machine = machine(&folder.path().join("disk"));
     let running = running(machine.launcher(["env", secret]));
     let pid = running.pid();
     let descriptors = fs::read_dir(of_process(pid, "fdinfo")).unwrap();
@@ -145,7 +139,7 @@ fn there_is_no_core_dump_unless_it_is_wanted() {
             .collect();
         words[4..6].to_vec()
     };
-    let hidden = running(confined(&folder.path().join("disk0")));
+    let hidden = running(machine(&folder.path().join("disk0")));
     assert_eq!(limit(hidden.pid()), ["0", "0"]);
     let machine = machine(&folder.path().join("disk1")).option("--coredump", "on");
     let shown = running(machine.launcher(["prlimit", "--core=4096:4096"]));

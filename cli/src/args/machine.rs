@@ -302,7 +302,7 @@ pub struct MachineArgs {
         value_parser = choice::<ExitStatus, _>(["guest", "monitor"]))]
     pub exit_status: Option<ExitStatus>,
 
-    /// What happens at a system call that a thread of Bantam never makes [default: off]
+    /// What happens at a system call that a thread of Bantam never makes [default: kill]
     ///
     /// kill: the process is killed, and a line on standard error names call and thread. log: the call is made, and
     /// the kernel's audit log has it (journalctl -k). off: there are no filters. See docs/threat-model.md.
@@ -310,7 +310,7 @@ pub struct MachineArgs {
         hide_possible_values = true, value_parser = choice::<Seccomp, _>(["kill", "log", "off"]))]
     pub seccomp: Option<Seccomp>,
 
-    /// Whether Bantam can reach those files only that the machine uses [default: off]
+    /// Whether Bantam can reach those files only that the machine uses [default: on]
     ///
     /// With --control, it can open any file, as clients can name one, but execute none.
     #[arg(long, value_name = "on|off", help_heading = heading::OTHER, hide_short_help = true,

@@ -12,11 +12,11 @@ use super::{ConfigError, variant_by_name};
 #[serde(rename_all = "lowercase")]
 pub enum Seccomp {
     /// The process is killed.
+    #[default]
     Kill,
     /// The call is made, and the kernel's audit log gets a line.
     Log,
     /// There are no filters.
-    #[default]
     Off,
 }
 

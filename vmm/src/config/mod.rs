@@ -236,7 +236,7 @@ impl MachineConfig {
             boot_timer: false,
             track_dirty_pages: false,
             seccomp: Seccomp::default(),
-            landlock: false,
+            landlock: true,
             coredump: false,
             cgroup: None,
             gdb: None,
