@@ -52,11 +52,16 @@ pub(super) const DEVICES: &[Rule] = &[
             FIONBIO,
         ],
     ),
-    // The last output of a machine has room in the pipe of a reader that does not read.
     Among(
         libc::SYS_fcntl,
         1,
-        &[libc::F_GETPIPE_SZ as u64, libc::F_SETPIPE_SZ as u64],
+        &[
+            // The last output of a machine has room in the pipe of a reader that does not read.
+            libc::F_GETPIPE_SZ as u64,
+            libc::F_SETPIPE_SZ as u64,
+            // The client of a channel has a descriptor for each direction.
+            libc::F_DUPFD_CLOEXEC as u64,
+        ],
     ),
 ];
 
