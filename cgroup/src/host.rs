@@ -15,7 +15,7 @@ const GROUPS: &str = "/proc/self/cgroup";
 
 /// A version of control groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Version {
+pub enum Version {
     /// A hierarchy for each controller.
     One,
     /// One hierarchy for all.
@@ -43,7 +43,7 @@ impl Hierarchy {
         }
     }
 
-    fn has(&self, controller: &str) -> bool {
+    pub(crate) fn has(&self, controller: &str) -> bool {
         match self.version {
             Version::One => self
                 .controllers
@@ -91,7 +91,9 @@ impl Host {
         for controller in limits.controllers() {
             // A host may have mounted both versions. A controller is in one of them.
             let found = self.0.iter().find(|it| it.has(controller));
-            let hierarchy = found.ok_or(Error::NoController { controller })?;
+            let hierarchy = found.ok_or_else(|| Error::NoController {
+                controller: controller.into(),
+            })?;
             let settings = limits.settings(controller, hierarchy.version);
             match plan.iter_mut().find(|(it, _)| it == hierarchy) {
                 Some((_, planned)) => planned.extend(settings),

@@ -7,12 +7,15 @@
 //! groups below it, so the new one is below the nearest group above the process that can. A group in which only this process
 //! and its parent are is made such a group: both move into the new one.
 //!
+//! A monitor that is jailed as Firecracker's is enters a group by [`enter_named`] instead.
+//!
 //! [`ControlGroup::leave`] removes the group. One whose process was killed is empty, and is removed by [`remove`].
 
 #![forbid(unsafe_code)]
 
 mod host;
 mod limits;
+mod named;
 
 use std::fs;
 use std::io;
@@ -20,9 +23,11 @@ use std::os::unix::process::parent_id;
 use std::path::{Path, PathBuf};
 use std::process;
 
-use host::{Hierarchy, Host, Version};
+pub use host::Version;
+use host::{Hierarchy, Host};
 use limits::Setting;
 pub use limits::{CpuQuota, Limits};
+pub use named::{FileValue, enter_existing, enter_named};
 
 /// The file that lists the processes of a group, and takes those that move into it.
 const PROCESSES: &str = "cgroup.procs";
@@ -46,7 +51,13 @@ pub enum Error {
     )]
     NoController {
         /// The controller.
-        controller: &'static str,
+        controller: String,
+    },
+    /// A group is not below the root of its hierarchy.
+    #[error("the control group '{}' must be a path below the root of the groups, without '..'", path.display())]
+    Outside {
+        /// Its path.
+        path: PathBuf,
     },
     /// This process may not make a group.
     #[error(

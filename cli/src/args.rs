@@ -394,7 +394,7 @@ pub struct FirecrackerArgs {
     pub version: bool,
 }
 
-fn instance_id(text: &str) -> Result<String, String> {
+pub fn instance_id(text: &str) -> Result<String, String> {
     let valid = |c: char| c.is_ascii_alphanumeric() || c == '-';
     if !(1..=64).contains(&text.len()) || !text.chars().all(valid) {
         return Err("it must be 1 to 64 letters, digits and dashes".to_string());

@@ -17,6 +17,7 @@ mod heap;
 mod image;
 mod local_time;
 mod log;
+mod jailer;
 mod main_loop;
 mod message;
 mod migrate;
@@ -57,6 +58,7 @@ use tracing::level_filters::LevelFilter;
 use args::{Args, Command, FirecrackerArgs, RestoreArgs, RunArgs};
 use confine::Confinement;
 use image::QemuImgArgs;
+use jailer::JailerArgs;
 use message::say;
 use migrate::{MigrateArgs, Received, ReceivingEnd};
 use run::{Foreground, Origin};
@@ -71,9 +73,18 @@ fn main() -> ExitCode {
 
 fn run_command() -> ExitCode {
     let name = std::env::args_os().next().unwrap_or_default();
-    if Path::new(&name).file_name() == Some("firecracker".as_ref()) {
+    let file_name = Path::new(&name).file_name().unwrap_or_default();
+    if file_name == "jailer" {
+        return match JailerArgs::try_parse() {
+            Ok(args) if args.version => status_of(print_version_of("Jailer")),
+            Ok(args) => status_of(jailer::enter(args).map(|never| match never {})),
+            Err(error) => report_usage::<JailerArgs>(&error, ExitCode::FAILURE),
+        };
+    }
+    // A jailer starts files with other names that contain this one, too.
+    if file_name.to_string_lossy().contains("firecracker") {
         return match FirecrackerArgs::try_parse() {
-            Ok(args) if args.version => status_of(print_firecracker_version()),
+            Ok(args) if args.version => status_of(print_version_of("Firecracker")),
             Ok(args) => execute(Command::Api(Box::new(args.api))),
             Err(error) => report_usage::<FirecrackerArgs>(&error, ExitCode::FAILURE),
         };
@@ -278,13 +289,14 @@ fn raise_descriptor_limit() {
     }
 }
 
-/// Programs that drive Firecracker look for the version after the name.
-fn print_firecracker_version() -> anyhow::Result<()> {
+/// Prints the version of Firecracker's program that this one stands for. Programs that drive it look for the version after
+/// the name.
+fn print_version_of(program: &str) -> anyhow::Result<()> {
     let version = bantam_api::API_VERSION;
     let bantam = env!("CARGO_PKG_VERSION");
     writeln!(
         io::stdout(),
-        "Firecracker v{version}\n\nServed by Bantam {bantam}"
+        "{program} v{version}\n\nServed by Bantam {bantam}"
     )?;
     Ok(())
 }

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "every step of a test has to succeed")]
 
 mod devices;
+mod jailed;
 mod metadata;
 mod snapshots;
 mod workshop;

@@ -44,19 +44,25 @@ pub struct Workshop {
 impl Workshop {
     /// Makes an empty folder.
     pub fn new() -> Workshop {
+        Workshop::with_owner(VmmOwnershipModel::Shared)
+    }
+
+    /// Makes an empty folder for a machine whose files have this owner.
+    pub fn with_owner(owner: VmmOwnershipModel) -> Workshop {
         Workshop {
             folder: tempfile::tempdir().unwrap(),
-            resources: ResourceSystem::new(
-                DirectProcessSpawner,
-                TokioRuntime,
-                VmmOwnershipModel::Shared,
-            ),
+            resources: ResourceSystem::new(DirectProcessSpawner, TokioRuntime, owner),
         }
     }
 
     /// Returns fctools' record of the files.
     pub fn resources(&mut self) -> &mut Resources {
         &mut self.resources
+    }
+
+    /// Returns the record and the folder.
+    pub fn into_parts(self) -> (Resources, TempDir) {
+        (self.resources, self.folder)
     }
 
     /// Returns the record alone.
@@ -168,7 +174,7 @@ impl Workshop {
 /// Makes the kernel kill a monitor when the thread of its test ends, so that a failing test leaves
 /// none behind.
 #[derive(Debug)]
-struct EndWithTest;
+pub struct EndWithTest;
 
 impl CommandModifier for EndWithTest {
     fn apply(&self, program: &mut PathBuf, arguments: &mut Vec<OsString>) {
