@@ -45,23 +45,18 @@ fn page_map() -> io::Result<&'static File> {
 }
 
 impl GuestMemory {
-    /// Returns the pages that can differ from zero. All others read as zero; most of those in the result do not. While
-    /// the guest or a device writes, pages may be missing.
+    /// Returns the pages that can differ from zero. All others read as zero; most of those in the result do not, except
+    /// without `/proc`: then these are all pages. While the guest or a device writes, pages may be missing.
     ///
     /// # Errors
     /// If the host does not say which pages have memory (`/proc/self/pagemap`).
     pub fn pages_with_content(&self) -> io::Result<PageSet> {
         if !self.knows_written_pages() {
-            return self.present_pages();
+            return self.or_all(self.present_pages());
         }
         let layers = self.layers();
         if layers.is_empty() {
-            // Any page may have content.
-            let regions = self.regions();
-            return Ok(PageSet::from_words(regions.map(|region| {
-                let words = (region.len as usize / PAGE_SIZE).div_ceil(u64::BITS as usize);
-                (region.start, region.len, vec![u64::MAX; words])
-            })));
+            return Ok(self.all_pages());
         }
         let mut pages = self.written_pages()?;
         for layer in layers {
@@ -71,7 +66,8 @@ impl GuestMemory {
     }
 
     /// Returns the pages that have been written or discarded since the memory was mapped from files. If a program fills the
-    /// memory, these are all pages that it has filled, as they do not show whether they have been written.
+    /// memory, these are all pages that it has filled, as they do not show whether they have been written. Without `/proc` these
+    /// are all pages.
     ///
     /// # Errors
     /// If the memory was neither mapped from files nor filled by a program, or the host does not say which pages have memory.
@@ -80,8 +76,8 @@ impl GuestMemory {
             return Err(io::ErrorKind::Unsupported.into());
         }
         // A page that was only read is the file's.
-        let mut pages =
-            self.pages_by(|entry| entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0)?;
+        let pages = self.pages_by(|entry| entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0);
+        let mut pages = self.or_all(pages)?;
         if let Some(discarded) = self.discarded() {
             pages.add(&discarded);
         }
@@ -95,6 +91,21 @@ impl GuestMemory {
     /// If the host does not say which pages have memory.
     pub fn present_pages(&self) -> io::Result<PageSet> {
         self.pages_by(|entry| entry & (PRESENT | SWAPPED) != 0)
+    }
+
+    fn all_pages(&self) -> PageSet {
+        PageSet::from_words(self.regions().map(|region| {
+            let words = (region.len as usize / PAGE_SIZE).div_ceil(u64::BITS as usize);
+            (region.start, region.len, vec![u64::MAX; words])
+        }))
+    }
+
+    /// Returns all pages in place of those that the kernel does not tell, as in a jail without `/proc`.
+    fn or_all(&self, pages: io::Result<PageSet>) -> io::Result<PageSet> {
+        match pages {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(self.all_pages()),
+            pages => pages,
+        }
     }
 
     /// Returns the pages whose entry of the kernel's table meets `condition`.
