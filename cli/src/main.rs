@@ -211,7 +211,9 @@ fn receive(args: &MigrateArgs, end: &ReceivingEnd) -> ExitCode {
             Received::Named(machine) => {
                 let line = format!("machine '{}' has arrived", machine.name());
                 match end {
-                    ReceivingEnd::Address(_) => named::print(&(line + "\n"))?,
+                    ReceivingEnd::Address(_) | ReceivingEnd::Tls(_) => {
+                        named::print(&(line + "\n"))?
+                    }
                     // Standard output is the connection.
                     ReceivingEnd::Stdio => say(format_args!("{line}")),
                 }

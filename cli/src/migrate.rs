@@ -3,13 +3,17 @@
 mod endpoint;
 mod progress;
 mod stdio;
+mod tls;
 mod tunnel;
 
 use std::io::{self, Write};
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -21,6 +25,7 @@ use bantam_vmm::{
 };
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ValueEnum, value_parser};
+use rustls::ServerConfig;
 
 use crate::args::EndArgs;
 use crate::control::{Output, connect};
@@ -28,12 +33,15 @@ use crate::message::say;
 use crate::named::running_machine;
 use progress::ProgressLine;
 use stdio::Stdio;
+use tls::SecureStream;
 use tunnel::Tunnel;
 
-pub use endpoint::{Destination, ReceivingEnd, SshHost};
+pub use endpoint::{Destination, ReceivingEnd, SshHost, TlsPlace};
 
 /// How long the process of a machine that has moved may take to end.
 const END_TIME: Duration = Duration::from_secs(30);
+/// How many sources may be about to show who they are. Further ones are sent away.
+const MAX_HANDSHAKES: usize = 64;
 
 // The options of `bantam migrate`.
 #[derive(Debug, clap::Args)]
@@ -42,14 +50,14 @@ pub struct MigrateArgs {
     #[arg(required_unless_present = "receive")]
     pub machine: Option<PathBuf>,
 
-    /// Where it is received: unix:PATH, tcp://HOST:PORT or ssh://[USER@]HOST[:PORT]
+    /// Where it is received: unix:PATH, tcp://HOST:PORT, tls://HOST:PORT or ssh://[USER@]HOST[:PORT]
     #[arg(
         required_unless_present_any = ["receive", "cancel", "progress", "take_back"],
         value_parser = OsStringValueParser::new().try_map(|text| Destination::parse(&text)),
     )]
     pub destination: Option<Destination>,
 
-    /// Wait for a machine at ADDRESS, unix:PATH or tcp://HOST:PORT, and run it
+    /// Wait for a machine at ADDRESS, unix:PATH, tcp://HOST:PORT or tls://HOST:PORT, and run it
     ///
     /// stdio receives it by standard input and output, as ssh:// at the source has it done.
     #[arg(
@@ -84,9 +92,16 @@ pub struct MigrateArgs {
 
     /// Let the memory cross a network where others can read and change it
     ///
-    /// Otherwise ADDRESS has to be a Unix socket or a loopback address, such as the end of a tunnel of ssh.
+    /// Otherwise ADDRESS has to be tls://, a Unix socket or a loopback address.
     #[arg(long)]
     pub insecure: bool,
+
+    /// Folder with the certificate and the key of this end, and the certificate of the authority of both, for tls://
+    ///
+    /// The files are cacert.pem, and clientcert.pem and clientkey.pem at the source, or servercert.pem and serverkey.pem at the
+    /// receiver.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["cancel", "progress", "take_back"])]
+    pub tls_dir: Option<PathBuf>,
 
     /// Print how far the migration is that is under way
     #[arg(long, conflicts_with_all = ["destination", "cancel", "take_back"])]
@@ -170,6 +185,7 @@ pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
             .as_ref()
             .context("no destination is named")?,
         name: args.name.as_ref(),
+        tls_folder: args.tls_dir.as_deref(),
         insecure: args.insecure,
         dry_run: args.dry_run,
         undefine_source: args.undefine_source,
@@ -204,6 +220,8 @@ pub struct Relocation<'a> {
     pub destination: &'a Destination,
     /// What it is called there, if this end decides that.
     pub name: Option<&'a MachineName>,
+    /// The folder with the certificates for TLS.
+    pub tls_folder: Option<&'a Path>,
     /// Whether its memory may cross a network where others can read and change it.
     pub insecure: bool,
     /// Whether the other end is only asked.
@@ -226,11 +244,17 @@ impl Relocation<'_> {
         let definition = named.as_ref().map(Machine::definition).transpose()?;
         let note = definition.map(|it| it.to_text()).transpose()?;
         let mut client = connect(self.machine)?;
+        let is_tls = matches!(self.destination, Destination::Tls(_));
+        require_tls_for_folder(is_tls, self.tls_folder)?;
         let (destination, tunnel) = match (self.destination, self.name) {
-            (Destination::Address(_), Some(_)) => {
+            (Destination::Address(_) | Destination::Tls(_), Some(_)) => {
                 bail!("the receiver decides what the machine is called: name it there (--name)")
             }
             (Destination::Address(address), None) => (address.looked_up()?, None),
+            (Destination::Tls(place), None) => {
+                let tunnel = Tunnel::by_tls(place, tls_folder(self.tls_folder)?)?;
+                (tunnel.address(), Some(tunnel))
+            }
             (Destination::Ssh(host), name) => {
                 let tunnel = Tunnel::by_ssh(host, name)?;
                 (tunnel.address(), Some(tunnel))
@@ -271,6 +295,18 @@ impl Relocation<'_> {
     }
 }
 
+fn tls_folder(folder: Option<&Path>) -> anyhow::Result<&Path> {
+    folder.context("tls:// needs the folder with the certificates (--tls-dir DIR)")
+}
+
+/// Nobody who names certificates expects a connection without them.
+fn require_tls_for_folder(is_tls: bool, folder: Option<&Path>) -> anyhow::Result<()> {
+    if folder.is_some() && !is_tls {
+        bail!("--tls-dir is for tls://HOST:PORT");
+    }
+    Ok(())
+}
+
 fn print(text: &str) -> anyhow::Result<()> {
     writeln!(io::stdout().lock(), "{text}").context("cannot write to standard output")
 }
@@ -302,8 +338,11 @@ pub enum Received {
 /// Waits for a machine, and makes it a named machine if it is one or is to have a name. Sources that only ask whether it
 /// could run here get their answers meanwhile.
 pub fn receive(args: &MigrateArgs, end: &ReceivingEnd) -> anyhow::Result<Received> {
+    let is_tls = matches!(end, ReceivingEnd::Tls(_));
+    require_tls_for_folder(is_tls, args.tls_dir.as_deref())?;
     let address = match end {
         ReceivingEnd::Address(address) => address,
+        ReceivingEnd::Tls(place) => return receive_by_tls(args, place),
         ReceivingEnd::Stdio if args.control.is_some() => {
             bail!(
                 "with standard input and output as the connection, a machine does not run in this process (--control)"
@@ -319,7 +358,7 @@ pub fn receive(args: &MigrateArgs, end: &ReceivingEnd) -> anyhow::Result<Receive
     if !args.insecure && !address.is_local() {
         bail!(
             "cannot receive a machine at '{address}': anyone who reaches it there could send one, and read its memory; \
-             listen on 127.0.0.1 and use a tunnel such as 'ssh -L', or allow it (--insecure)"
+             use tls://, or allow it (--insecure)"
         );
     }
     let listener = Listener::bind(address)?;
@@ -330,6 +369,80 @@ pub fn receive(args: &MigrateArgs, end: &ReceivingEnd) -> anyhow::Result<Receive
             return Ok(received);
         }
     }
+}
+
+/// Waits for a machine behind TLS. Nothing of what a source sends is looked at before it has shown who it is.
+fn receive_by_tls(args: &MigrateArgs, place: &TlsPlace) -> anyhow::Result<Received> {
+    if args.control.is_some() {
+        bail!("a machine that is received by TLS does not run in this process (--control)");
+    }
+    let config = tls::server_config(tls_folder(args.tls_dir.as_deref())?)?;
+    let listener = TcpListener::bind((&*place.host, place.port))
+        .with_context(|| format!("cannot listen on '{place}'"))?;
+    if place.port == 0 {
+        say(format_args!("waiting at tls://{}", listener.local_addr()?));
+    }
+    let sources = authenticated(listener, config)?;
+    loop {
+        let secure = sources
+            .recv()
+            .context("cannot wait for connections any longer")?;
+        let (ours, theirs) = UnixStream::pair().context("cannot relay a connection")?;
+        let relay = thread::Builder::new()
+            .name("tls".into())
+            .spawn(move || secure.relay(ours))
+            .context("cannot start a thread for the connection")?;
+        let received = take(args, theirs.into());
+        // The source still has to be told how it has ended. If the connection fails now, the source reports it.
+        let _ = relay.join();
+        if let Some(received) = received? {
+            return Ok(received);
+        }
+    }
+}
+
+/// Returns the connections of sources that have shown who they are. Those that have not do not hold others up.
+fn authenticated(
+    listener: TcpListener,
+    config: Arc<ServerConfig>,
+) -> anyhow::Result<Receiver<SecureStream>> {
+    let (sender, receiver) = mpsc::sync_channel(0);
+    let handshakes = Arc::new(());
+    let accept = move || {
+        loop {
+            let Ok((stream, peer)) = listener.accept() else {
+                // Out of descriptors, for instance.
+                thread::sleep(Duration::from_millis(100));
+                continue;
+            };
+            if Arc::strong_count(&handshakes) > MAX_HANDSHAKES {
+                continue;
+            }
+            let (sender, config) = (sender.clone(), config.clone());
+            let counted = handshakes.clone();
+            let shake_hands = move || {
+                let accepted = SecureStream::accept(config, stream);
+                drop(counted);
+                match accepted {
+                    // Nobody waits for another if a machine has arrived.
+                    Ok(secure) => drop(sender.send(secure)),
+                    Err(error) => say(format_args!(
+                        "refused a connection from {peer}: {}",
+                        crate::reason(&error)
+                    )),
+                }
+            };
+            // The source notices the end of its connection if there is no thread for it.
+            let _ = thread::Builder::new()
+                .name("handshake".into())
+                .spawn(shake_hands);
+        }
+    };
+    thread::Builder::new()
+        .name("listener".into())
+        .spawn(accept)
+        .context("cannot start a thread for connections")?;
+    Ok(receiver)
 }
 
 /// Receives the machine that comes by a connection; `None` if the source has only asked whether it could.
@@ -387,9 +500,9 @@ impl Place {
         let definition = arrival.note().map(Definition::parse).transpose()?;
         let own_name = definition.as_ref().map(|it| &it.name);
         let Some(name) = args.name.as_ref().or(own_name).cloned() else {
-            if args.receive == Some(ReceivingEnd::Stdio) {
+            if !matches!(args.receive, Some(ReceivingEnd::Address(_))) {
                 bail!(
-                    "a machine without a name cannot use standard input and output, which are the connection; name it (--name)"
+                    "a machine without a name cannot arrive by TLS or standard input and output; name it (--name)"
                 );
             }
             return Ok(Place {

@@ -35,6 +35,9 @@ pub enum MigrationError {
     /// The other end does not speak the protocol.
     #[error("the other end is not a migration of Bantam")]
     NotMigration,
+    /// The other end speaks TLS.
+    #[error("the other end speaks TLS; use tls:// at both ends")]
+    Tls,
     /// The other end speaks another version of the protocol.
     #[error(
         "the other end speaks version {found} of the protocol, and this program version {known}: use the same version \

@@ -334,6 +334,8 @@ mod tests {
                 b"BANTAMMG\x03\0\0\0".as_slice(),
                 "version 3 of the protocol",
             ),
+            (b"\x16\x03\x01\x02\0\x01\0\x01", "speaks TLS; use tls://"),
+            (b"\x15\x03\x03\0\x02\x02\x32", "speaks TLS; use tls://"),
             (b"GET / HTTP/1.1\r\n", "is not a migration of Bantam"),
             (b"", "has closed"),
         ] {

@@ -6,6 +6,8 @@ use crate::{Connection, MigrationError};
 
 const MAGIC: [u8; 8] = *b"BANTAMMG";
 const VERSION: u32 = 2;
+/// Length in bytes of what an alert or a handshake of TLS begins with (RFC 8446, section 5.1).
+const TLS_START: usize = 2;
 /// What errors call the state of a machine.
 const NAME: &str = "migration";
 /// Largest state in bytes. Most machines have some hundred KiB.
@@ -114,7 +116,13 @@ impl Connection {
         version.copy_from_slice(&VERSION.to_le_bytes());
         self.send(&bytes)?;
         let mut magic = [0; MAGIC.len()];
-        self.receive(&mut magic)?;
+        let (start, rest) = magic.split_at_mut(TLS_START);
+        // An alert of TLS can be shorter than the rest.
+        self.receive(start)?;
+        if let [0x15 | 0x16, 0x03] = start {
+            return Err(MigrationError::Tls);
+        }
+        self.receive(rest)?;
         if magic != MAGIC {
             return Err(MigrationError::NotMigration);
         }

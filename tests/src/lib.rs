@@ -24,6 +24,7 @@ mod temporary;
 mod terminal;
 mod traffic;
 mod traveller;
+pub mod two_hosts;
 pub mod virtual_host;
 mod watchdog;
 mod workload;

@@ -265,6 +265,11 @@ impl Running {
         self.wait_for(&self.stderr, text)
     }
 
+    /// Returns what standard error has so far.
+    pub fn error_text(&self) -> String {
+        self.stderr.text()
+    }
+
     fn wait_for(&self, capture: &Capture, text: &str) -> String {
         capture.wait_for(text).unwrap_or_else(|| {
             panic!(

@@ -1,83 +1,19 @@
 //! Named machines that move between two state folders, as between two hosts.
 
-use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::net::Shutdown;
+use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bantam_tests::counting::wait_until;
-use bantam_tests::{Ended, Machines, Running, monitor, require_kvm};
+use bantam_tests::two_hosts::{Hosts, relay};
+use bantam_tests::{Machines, monitor, require_kvm};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 const WORDS: &str = "timer=deadline pages=16 finish=poweroff";
-
-/// Two state folders, and a folder for what both ends share.
-struct Hosts {
-    source: Machines,
-    receiver: Machines,
-    shared: tempfile::TempDir,
-}
-
-impl Hosts {
-    fn new() -> Hosts {
-        Hosts {
-            source: Machines::new(),
-            receiver: Machines::new(),
-            shared: tempfile::tempdir().expect("there is room"),
-        }
-    }
-
-    /// Starts a machine with a disk that both ends see.
-    fn start(&self, name: &str) {
-        let image = self.path("disk");
-        let made = File::create(&image).and_then(|file| file.set_len(1 << 20));
-        made.expect("there is room");
-        let disk = image.display().to_string();
-        let more = ["--disk", &disk, "--restart", "on-failure"];
-        self.source.create(name, "count", WORDS, &more);
-        self.source.done(&["start", name]);
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.shared.path().join(name)
-    }
-
-    fn address(&self, name: &str) -> String {
-        format!("unix:{}", self.path(name).display())
-    }
-
-    /// Has one end wait for a machine at `socket`, which is new.
-    fn receive(&self, at: &Machines, socket: &str, more: &[&str]) -> Running {
-        let address = self.address(socket);
-        let arguments = [&["migrate", "--receive", &address], more].concat();
-        let receiver = at.bantam(&arguments).start();
-        wait_until("it listens", || self.path(socket).exists());
-        receiver
-    }
-
-    fn migrate(&self, from: &Machines, name: &str, socket: &str) -> Ended {
-        from.run(&["migrate", name, &self.address(socket)])
-    }
-}
-
-/// Returns the machines at one end, with those that are not complete.
-fn folders(machines: &Machines) -> Vec<String> {
-    let entries = fs::read_dir(machines.folder().join("machines"));
-    let names = entries.into_iter().flatten().flatten();
-    let mut names: Vec<_> = names
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .filter(|name| name != ".lock")
-        .collect();
-    names.sort();
-    names
-}
 
 fn list(machines: &Machines) -> String {
     machines.done(&["list", "--all", "--name"])
@@ -92,7 +28,7 @@ fn a_named_machine_moves_with_its_name() {
     let dry = hosts.receive(there, "dry.sock", &[]);
     let asked = source.done(&["migrate", "--dry-run", "web", &hosts.address("dry.sock")]);
     assert_eq!(asked, "the machine could run there\n");
-    assert_eq!(folders(there), <[&str; 0]>::default());
+    assert_eq!(there.folders(), <[&str; 0]>::default());
     hosts.migrate(source, "web", "dry.sock").has_status(0);
     let arrived = dry.wait();
     assert!(
@@ -102,7 +38,7 @@ fn a_named_machine_moves_with_its_name() {
     source.wait_for_state("web", "shut off (migrated)");
     assert_eq!(there.state("web"), "running (migrated)");
     assert_eq!(there.done(&["list", "--name"]).trim(), "web");
-    assert_eq!(folders(there), ["web"]);
+    assert_eq!(there.folders(), ["web"]);
     let (before, after) = (
         source.json(&["dominfo", "web"]),
         there.json(&["dominfo", "web"]),
@@ -148,7 +84,7 @@ fn a_named_machine_moves_with_its_name() {
     assert_eq!(list(there).trim(), "");
     assert_eq!(source.state("other"), "running (migrated)");
     assert!(hosts.path("disk").exists());
-    assert_eq!(folders(source), ["other", "web"]);
+    assert_eq!(source.folders(), ["other", "web"]);
 }
 
 #[test]
@@ -202,44 +138,6 @@ fn processes(machines: &Machines) -> Vec<Pid> {
     numbers.filter(is_one).map(Pid::from_raw).collect()
 }
 
-/// Passes on what comes at the socket `from` to the one at `to`, a little at a time, and cuts both connections after a number of
-/// bytes in each direction. Returns how many have passed.
-fn relay(from: &Path, to: &Path, limits: [usize; 2], pause: Duration) -> Arc<[AtomicUsize; 2]> {
-    let listener = UnixListener::bind(from).expect("it is a new path");
-    let to = to.to_path_buf();
-    let passed = Arc::<[AtomicUsize; 2]>::default();
-    let counts = passed.clone();
-    thread::spawn(move || {
-        let (near, _) = listener.accept().expect("the source connects");
-        let far = UnixStream::connect(to).expect("the receiver listens");
-        let clone = |it: &UnixStream| it.try_clone().expect("there are descriptors");
-        for (index, (mut from, mut to)) in [(clone(&near), clone(&far)), (far, near)]
-            .into_iter()
-            .enumerate()
-        {
-            let (counts, limit) = (counts.clone(), limits[index]);
-            thread::spawn(move || {
-                let mut bytes = [0; 1 << 14];
-                let mut passed = 0;
-                while passed < limit {
-                    let room = bytes.len().min(limit - passed);
-                    thread::sleep(pause);
-                    match from.read(&mut bytes[..room]) {
-                        Ok(count) if count > 0 && to.write_all(&bytes[..count]).is_ok() => {
-                            passed += count;
-                            counts[index].store(passed, Ordering::SeqCst);
-                        }
-                        _ => break,
-                    }
-                }
-                let _ = from.shutdown(Shutdown::Both);
-                let _ = to.shutdown(Shutdown::Both);
-            });
-        }
-    });
-    passed
-}
-
 #[test]
 fn nothing_is_left_of_a_machine_that_does_not_arrive() {
     require_kvm!();
@@ -259,7 +157,7 @@ fn nothing_is_left_of_a_machine_that_does_not_arrive() {
         error.contains("cannot find disk '/nowhere/disk'"),
         "{error}"
     );
-    assert_eq!(folders(there), <[&str; 0]>::default());
+    assert_eq!(there.folders(), <[&str; 0]>::default());
 
     // The process of the machine is killed, and then it and the command that has started it.
     for (number, kills_command) in [false, true].into_iter().enumerate() {
@@ -281,7 +179,7 @@ fn nothing_is_left_of_a_machine_that_does_not_arrive() {
         });
         // Nobody sees it before it is there.
         assert_eq!(list(there).trim(), "");
-        assert_eq!(folders(there), [".new-web"]);
+        assert_eq!(there.folders(), [".new-web"]);
         if kills_command {
             receiver.signal(Signal::SIGKILL);
         }
@@ -295,11 +193,11 @@ fn nothing_is_left_of_a_machine_that_does_not_arrive() {
             assert_eq!(list(there).trim(), "");
         } else {
             receiver.wait().failed_with_one_line();
-            assert_eq!(folders(there), <[&str; 0]>::default());
+            assert_eq!(there.folders(), <[&str; 0]>::default());
         }
     }
     there.create_idle("web");
-    assert_eq!(folders(there), ["web"]);
+    assert_eq!(there.folders(), ["web"]);
 }
 
 /// Moves a machine over a connection that is cut. Returns how many bytes have passed in each direction.
@@ -312,27 +210,7 @@ fn move_over_cut(limits: [usize; 2]) -> [usize; 2] {
     let passed = relay(&cut, &end, limits, Duration::ZERO);
     let moved = hosts.migrate(source, "web", "cut.sock");
     let arrived = receiver.wait();
-    let has_arrived = arrived.text().contains("has arrived");
-    let here = source.state("web");
-    let here = here.split(' ').next().expect("it is not empty");
-    if has_arrived {
-        assert_eq!(there.state("web"), "running (migrated)");
-        assert_eq!(folders(there), ["web"]);
-        // Either it knows that it has moved, or it stands still.
-        match moved.status.success() {
-            true => source.wait_for_state("web", "shut off (migrated)"),
-            false => assert_eq!(here, "paused", "{moved}"),
-        }
-    } else {
-        assert_eq!(folders(there), <[&str; 0]>::default(), "{arrived}");
-        if here == "paused" {
-            source.done(&["migrate", "--take-back", "web"]);
-        }
-        let begin = Instant::now();
-        while source.state("web").split(' ').next() != Some("running") {
-            assert!(begin.elapsed() < Duration::from_secs(5), "{moved}");
-        }
-    }
+    hosts.one_runs(&moved, &arrived);
     [0, 1].map(|it| passed[it].load(Ordering::SeqCst))
 }
 
@@ -392,7 +270,7 @@ fn a_machine_moves_by_ssh() {
 
     let asked = migrate(&["--dry-run", "web", "ssh://other"]);
     assert_eq!(asked.succeeded().text(), "the machine could run there\n");
-    assert_eq!(folders(there), <[&str; 0]>::default());
+    assert_eq!(there.folders(), <[&str; 0]>::default());
     there.create_idle("taken");
     let refused = migrate(&["web", "ssh://other", "--name", "taken"]);
     refused.has_status(1);

@@ -10,6 +10,8 @@ use bantam_vmm::MigrationAddress;
 pub enum Destination {
     /// Someone receives it there.
     Address(MigrationAddress),
+    /// Someone receives it there, behind TLS.
+    Tls(TlsPlace),
     /// A command on another host that this one starts by ssh.
     Ssh(SshHost),
 }
@@ -28,8 +30,19 @@ pub struct SshHost {
 pub enum ReceivingEnd {
     /// Connections are waited for there.
     Address(MigrationAddress),
+    /// Connections are waited for there, behind TLS.
+    Tls(TlsPlace),
     /// Standard input and output are the connection.
     Stdio,
+}
+
+/// A port at which TLS is spoken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsPlace {
+    /// The name or the address of the host.
+    pub host: String,
+    /// The port.
+    pub port: u16,
 }
 
 impl Destination {
@@ -38,14 +51,38 @@ impl Destination {
     /// # Errors
     /// If it is none.
     pub fn parse(text: &OsStr) -> Result<Destination, String> {
+        if let Some(place) = TlsPlace::of(text) {
+            return place.map(Destination::Tls);
+        }
         let host = text.to_str().and_then(|text| text.strip_prefix("ssh://"));
         match host {
             Some(host) => SshHost::parse(host).map(Destination::Ssh),
             None => match MigrationAddress::parse(text) {
                 Ok(address) => Ok(Destination::Address(address)),
-                Err(reason) => Err(format!("{reason}, or ssh://[USER@]HOST[:PORT]")),
+                Err(reason) => Err(format!(
+                    "{reason}, tls://HOST:PORT or ssh://[USER@]HOST[:PORT]"
+                )),
             },
         }
+    }
+}
+
+impl TlsPlace {
+    /// Reads `tls://HOST:PORT`; `None` if it does not begin like that.
+    fn of(text: &OsStr) -> Option<Result<TlsPlace, String>> {
+        let place = text.to_str()?.strip_prefix("tls://")?;
+        let read = place.rsplit_once(':').and_then(|(host, port)| {
+            // An IPv6 address is in brackets.
+            let host = host
+                .strip_prefix('[')
+                .map_or(Some(host), |it| it.strip_suffix(']'))?;
+            let port = port.parse().ok()?;
+            (!host.is_empty()).then(|| TlsPlace {
+                host: host.to_owned(),
+                port,
+            })
+        });
+        Some(read.ok_or_else(|| "it must be tls://HOST:PORT".to_owned()))
     }
 }
 
@@ -82,12 +119,24 @@ impl ReceivingEnd {
     /// # Errors
     /// If it is no such place.
     pub fn parse(text: &OsStr) -> Result<ReceivingEnd, String> {
+        if let Some(place) = TlsPlace::of(text) {
+            return place.map(ReceivingEnd::Tls);
+        }
         match text == "stdio" {
             true => Ok(ReceivingEnd::Stdio),
             false => match MigrationAddress::parse(text) {
                 Ok(address) => Ok(ReceivingEnd::Address(address)),
-                Err(reason) => Err(format!("{reason}, or stdio")),
+                Err(reason) => Err(format!("{reason}, tls://HOST:PORT or stdio")),
             },
+        }
+    }
+}
+
+impl fmt::Display for TlsPlace {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host.contains(':') {
+            true => write!(formatter, "tls://[{}]:{}", self.host, self.port),
+            false => write!(formatter, "tls://{}:{}", self.host, self.port),
         }
     }
 }
@@ -138,7 +187,33 @@ mod tests {
         ReceivingEnd::parse("ssh://h".as_ref()).unwrap_err();
     }
 
+    #[test]
+    fn a_place_behind_tls_is_a_host_and_a_port() {
+        let parse = |text: &str| Destination::parse(text.as_ref());
+        for (text, host) in [("tls://h:1", "h"), ("tls://[::1]:1", "::1")] {
+            let place = TlsPlace {
+                host: host.to_owned(),
+                port: 1,
+            };
+            assert_eq!(place.to_string(), text);
+            assert_eq!(parse(text), Ok(Destination::Tls(place.clone())));
+            let end = ReceivingEnd::parse(text.as_ref());
+            assert_eq!(end, Ok(ReceivingEnd::Tls(place)));
+        }
+        for text in ["tls://", "tls://h", "tls://:1", "tls://h:x", "tls://[::1:1"] {
+            assert!(parse(text).unwrap_err().contains("tls://HOST:PORT"));
+        }
+    }
+
     proptest! {
+        #[test]
+        fn any_text_is_a_place_behind_tls_or_refused(text in "\\PC{0,20}") {
+            let text = format!("tls://{text}");
+            if let Ok(Destination::Tls(place)) = Destination::parse(text.as_ref()) {
+                prop_assert!(!place.host.is_empty());
+            }
+        }
+
         #[test]
         fn any_text_is_a_host_or_refused(text in "\\PC{0,20}") {
             if let Ok(host) = SshHost::parse(&text) {

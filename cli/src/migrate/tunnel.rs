@@ -1,9 +1,9 @@
 //! Ways to another host that this command has, and the machine does not: the machine connects to a socket of this command.
 
-use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
-use std::process::{Command, ExitStatus};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use std::{env, process};
@@ -12,7 +12,8 @@ use anyhow::{Context, bail};
 use bantam_manager::MachineName;
 use bantam_vmm::{ListeningSocket, MigrationAddress};
 
-use super::endpoint::SshHost;
+use super::endpoint::{SshHost, TlsPlace};
+use super::tls::{self, SecureStream};
 
 /// How long a connection that is broken may take to say why.
 const EXPLANATION_TIME: Duration = Duration::from_secs(1);
@@ -22,7 +23,7 @@ pub struct Tunnel {
     path: PathBuf,
     /// Removed from the file system with this.
     _socket: ListeningSocket,
-    thread: JoinHandle<io::Result<ExitStatus>>,
+    thread: JoinHandle<anyhow::Result<()>>,
 }
 
 impl Tunnel {
@@ -41,29 +42,46 @@ impl Tunnel {
         if let Some(name) = name {
             command.args(["--name", name.as_str()]);
         }
+        Tunnel::start(move |stream| {
+            let mut child = command
+                .stdin(OwnedFd::from(stream.try_clone()?))
+                .stdout(OwnedFd::from(stream))
+                .spawn()
+                .context("cannot start ssh")?;
+            // It has the connection now.
+            drop(command);
+            let status = child.wait()?;
+            match status.success() {
+                true => Ok(()),
+                false => bail!("the receiver's command has ended with {status}"),
+            }
+        })
+    }
+
+    /// Leads whoever connects, once, to a receiver that speaks TLS, with the certificates in `folder`.
+    ///
+    /// # Errors
+    /// If the receiver is not there, or one of the ends does not accept the other's certificate.
+    pub fn by_tls(place: &TlsPlace, folder: &Path) -> anyhow::Result<Tunnel> {
+        let secure = SecureStream::connect(tls::client_config(folder)?, place)?;
+        Tunnel::start(move |stream| secure.relay(stream))
+    }
+
+    /// Calls `lead` with the first connection to a new socket.
+    fn start(
+        lead: impl FnOnce(UnixStream) -> anyhow::Result<()> + Send + 'static,
+    ) -> anyhow::Result<Tunnel> {
         let path = env::temp_dir().join(format!("bantam-migrate-{}.sock", process::id()));
         let failed = || format!("cannot listen on '{}'", path.display());
         let socket = ListeningSocket::bind_private(&path).with_context(failed)?;
         let listener = socket.try_clone_listener().with_context(failed)?;
         listener.set_nonblocking(false).with_context(failed)?;
-        let thread = thread::Builder::new()
-            .name("ssh".into())
-            .spawn(move || {
-                let (stream, _) = listener.accept()?;
-                let mut child = command
-                    .stdin(OwnedFd::from(stream.try_clone()?))
-                    .stdout(OwnedFd::from(stream))
-                    .spawn()
-                    .map_err(|error| io::Error::new(error.kind(), format!("ssh: {error}")))?;
-                // It has the connection now.
-                drop(command);
-                child.wait()
-            })
-            .context("cannot start a thread for ssh")?;
+        let thread = thread::Builder::new().name("tunnel".into());
+        let thread = thread.spawn(move || lead(listener.accept()?.0));
         Ok(Tunnel {
             path,
             _socket: socket,
-            thread,
+            thread: thread.context("cannot start a thread for the connection")?,
         })
     }
 
@@ -72,16 +90,14 @@ impl Tunnel {
         MigrationAddress::Unix(self.path.clone())
     }
 
-    /// Waits until the receiver's command, by which a machine has moved, has ended.
+    /// Waits until all has been passed on, and the receiver's command has ended if this end has started it.
     ///
     /// # Errors
-    /// If it has failed.
+    /// If the connection or the command has failed.
     pub fn finish(self) -> anyhow::Result<()> {
         match self.thread.join() {
-            Ok(Ok(status)) if status.success() => Ok(()),
-            Ok(Ok(status)) => bail!("the receiver's command has ended with {status}"),
-            Ok(Err(error)) => Err(error).context("cannot reach the receiver"),
-            Err(_) => bail!("the thread that waits for ssh has panicked"),
+            Ok(result) => result,
+            Err(_) => bail!("the thread of the connection has panicked"),
         }
     }
 

@@ -28,6 +28,7 @@ pub fn migrate(_session: &mut Session, arguments: &Arguments) -> anyhow::Result<
         machine: Path::new(machine.name().as_str()),
         destination: &destination,
         name: name.as_ref(),
+        tls_folder: None,
         insecure: false,
         dry_run: false,
         undefine_source: arguments.has("undefinesource"),
