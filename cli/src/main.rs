@@ -268,14 +268,14 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 /// Closes all descriptors beside standard input, output and error, and `kept`. Nothing that this process has opened itself may
 /// be used any more.
-fn close_others(kept: Option<RawFd>) {
+fn close_others(kept: &[RawFd]) {
     let Ok(entries) = fs::read_dir("/proc/self/fd") else {
         return;
     };
     let numbers: Vec<RawFd> = entries
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .filter(|&number| number > 2 && Some(number) != kept)
+        .filter(|&number| number > 2 && !kept.contains(&number))
         .collect();
     for number in numbers {
         // The one by which the folder was read is closed already.

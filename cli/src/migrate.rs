@@ -8,7 +8,7 @@ mod tunnel;
 
 use std::io::{self, Write};
 use std::net::TcpListener;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,10 +21,11 @@ use bantam_manager::{Definition, Machine, MachineName, Manager, Removal};
 use bantam_vmm::config::{MachineConfig, ShutdownTimeout};
 use bantam_vmm::{
     Answer, Arrival, AtTimeout, Command, Controller, ListeningSocket, Migrated, MigrationAddress,
-    MigrationConnection, MigrationOptions, MigrationOrder,
+    MigrationCompression, MigrationConnection, MigrationOptions, MigrationOrder,
 };
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ValueEnum, value_parser};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustls::ServerConfig;
 
 use crate::args::EndArgs;
@@ -40,6 +41,8 @@ pub use endpoint::{Destination, ReceivingEnd, SshHost, TlsPlace};
 
 /// How long the process of a machine that has moved may take to end.
 const END_TIME: Duration = Duration::from_secs(30);
+/// How long each further connection of a source may take to come.
+const JOIN_TIME: Duration = Duration::from_secs(10);
 /// How many sources may be about to show who they are. Further ones are sent away.
 const MAX_HANDSHAKES: usize = 64;
 
@@ -64,7 +67,7 @@ pub struct MigrateArgs {
         long,
         value_name = "ADDRESS",
         value_parser = OsStringValueParser::new().try_map(|text| ReceivingEnd::parse(&text)),
-        conflicts_with_all = ["machine", "destination", "cancel", "progress", "take_back", "downtime", "timeout", "at_timeout", "max_throttle"],
+        conflicts_with_all = ["machine", "destination", "cancel", "progress", "take_back", "downtime", "timeout", "at_timeout", "max_throttle", "connections", "compress"],
     )]
     pub receive: Option<ReceivingEnd>,
 
@@ -89,6 +92,14 @@ pub struct MigrateArgs {
     /// It is slowed down in steps. 0 lets it run as fast as it can.
     #[arg(long, value_name = "PERCENT", default_value_t = 99, value_parser = value_parser!(u8).range(0..=99))]
     pub max_throttle: u8,
+
+    /// Send memory over so many connections at once
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = value_parser!(u8).range(1..=i64::from(MigrationOptions::MAX_CONNECTIONS)))]
+    pub connections: u8,
+
+    /// Compress memory that is sent
+    #[arg(long, value_name = "METHOD", value_enum)]
+    pub compress: Option<CompressionMethod>,
 
     /// Let the memory cross a network where others can read and change it
     ///
@@ -155,6 +166,13 @@ pub enum TimeoutAction {
     Stop,
 }
 
+/// How memory is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CompressionMethod {
+    /// By Zstandard, at its fastest level
+    Zstd,
+}
+
 /// Executes `bantam migrate` for a machine that runs.
 pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
     let machine = args.machine.as_deref().context("no machine is named")?;
@@ -197,6 +215,10 @@ pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
                 TimeoutAction::Stop => AtTimeout::Stop,
             },
             max_throttle: args.max_throttle,
+            connections: args.connections,
+            compress: args
+                .compress
+                .map(|CompressionMethod::Zstd| MigrationCompression::Zstd),
             note: None,
         },
     };
@@ -246,14 +268,23 @@ impl Relocation<'_> {
         let mut client = connect(self.machine)?;
         let is_tls = matches!(self.destination, Destination::Tls(_));
         require_tls_for_folder(is_tls, self.tls_folder)?;
+        // A dry run has only one.
+        let connections = if self.dry_run {
+            1
+        } else {
+            self.options.connections
+        };
         let (destination, tunnel) = match (self.destination, self.name) {
             (Destination::Address(_) | Destination::Tls(_), Some(_)) => {
                 bail!("the receiver decides what the machine is called: name it there (--name)")
             }
             (Destination::Address(address), None) => (address.looked_up()?, None),
             (Destination::Tls(place), None) => {
-                let tunnel = Tunnel::by_tls(place, tls_folder(self.tls_folder)?)?;
+                let tunnel = Tunnel::by_tls(place, tls_folder(self.tls_folder)?, connections)?;
                 (tunnel.address(), Some(tunnel))
+            }
+            (Destination::Ssh(_), _) if connections > 1 => {
+                bail!("ssh:// has one connection; use tls:// for several (--connections)")
             }
             (Destination::Ssh(host), name) => {
                 let tunnel = Tunnel::by_ssh(host, name)?;
@@ -350,7 +381,7 @@ pub fn receive(args: &MigrateArgs, end: &ReceivingEnd) -> anyhow::Result<Receive
         }
         ReceivingEnd::Stdio => {
             let (socket, stdio) = Stdio::start()?;
-            let received = take(args, socket.into());
+            let received = take(args, socket.into(), || bail!("ssh:// has one connection"));
             stdio.finish();
             return Ok(received?.unwrap_or(Received::Nothing));
         }
@@ -365,7 +396,8 @@ pub fn receive(args: &MigrateArgs, end: &ReceivingEnd) -> anyhow::Result<Receive
     loop {
         let stream = listener.accept();
         let stream = stream.with_context(|| format!("cannot listen on '{address}'"))?;
-        if let Some(received) = take(args, stream)? {
+        let next = || listener.accept_within(JOIN_TIME);
+        if let Some(received) = take(args, stream, next)? {
             return Ok(received);
         }
     }
@@ -387,14 +419,22 @@ fn receive_by_tls(args: &MigrateArgs, place: &TlsPlace) -> anyhow::Result<Receiv
         let secure = sources
             .recv()
             .context("cannot wait for connections any longer")?;
-        let (ours, theirs) = UnixStream::pair().context("cannot relay a connection")?;
-        let relay = thread::Builder::new()
-            .name("tls".into())
-            .spawn(move || secure.relay(ours))
-            .context("cannot start a thread for the connection")?;
-        let received = take(args, theirs.into());
-        // The source still has to be told how it has ended. If the connection fails now, the source reports it.
-        let _ = relay.join();
+        let mut relays = Vec::new();
+        let mut relay = |secure: SecureStream| -> anyhow::Result<OwnedFd> {
+            let (ours, theirs) = UnixStream::pair().context("cannot relay a connection")?;
+            let relay = thread::Builder::new()
+                .name("tls".into())
+                .spawn(move || secure.relay(ours))
+                .context("cannot start a thread for the connection")?;
+            relays.push(relay);
+            Ok(theirs.into())
+        };
+        let first = relay(secure)?;
+        let received = take(args, first, || relay(sources.recv_timeout(JOIN_TIME)?));
+        for relay in relays {
+            // The source still has to be told how it has ended. If the connection fails now, the source reports it.
+            let _ = relay.join();
+        }
         if let Some(received) = received? {
             return Ok(received);
         }
@@ -445,9 +485,24 @@ fn authenticated(
     Ok(receiver)
 }
 
-/// Receives the machine that comes by a connection; `None` if the source has only asked whether it could.
-fn take(args: &MigrateArgs, stream: OwnedFd) -> anyhow::Result<Option<Received>> {
-    let arrival = Arrival::new(MigrationConnection::new(stream)?)?;
+/// Receives the machine that comes by a connection, and by further ones that `next` waits for; `None` if the source has only
+/// asked whether it could.
+fn take(
+    args: &MigrateArgs,
+    stream: OwnedFd,
+    mut next: impl FnMut() -> anyhow::Result<OwnedFd>,
+) -> anyhow::Result<Option<Received>> {
+    let mut arrival = Arrival::new(MigrationConnection::new(stream)?)?;
+    while arrival.awaits_connections() {
+        match next() {
+            // One of another source is closed.
+            Ok(stream) => drop(arrival.join(MigrationConnection::new(stream)?)),
+            Err(error) => {
+                arrival.refuse("not all connections have been made");
+                return Err(error.context("not all connections of the source have been made"));
+            }
+        }
+    }
     let is_trial = arrival.is_trial();
     let place = match Place::of(args, &arrival) {
         Ok(place) => place,
@@ -581,6 +636,19 @@ impl Listener {
             say(format_args!("waiting at tcp://{address}"));
         }
         Ok(listener)
+    }
+
+    /// Waits for a connection for some time.
+    fn accept_within(&self, time: Duration) -> anyhow::Result<OwnedFd> {
+        let descriptor = match self {
+            Listener::Unix { listener, .. } => listener.as_fd(),
+            Listener::Tcp(listener) => listener.as_fd(),
+        };
+        let mut waiting = [PollFd::new(descriptor, PollFlags::POLLIN)];
+        match poll(&mut waiting, PollTimeout::try_from(time)?)? {
+            0 => bail!("none has come within {time:?}"),
+            _ => Ok(self.accept()?),
+        }
     }
 
     fn accept(&self) -> io::Result<OwnedFd> {

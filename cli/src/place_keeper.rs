@@ -51,7 +51,7 @@ fn keep(config: &MachineConfig, machine: u32, socket: &OwnedFd) -> io::Result<()
     // They are for the machine, which then gives up its places.
     SigSet::all().thread_block()?;
     prctl::set_name(c"bantam-networks")?;
-    close_others(Some(socket.as_raw_fd()));
+    close_others(&[socket.as_raw_fd()]);
     let null = File::options().read(true).write(true).open("/dev/null")?;
     dup2_stdin(&null)?;
     dup2_stdout(&null)?;

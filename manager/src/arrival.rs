@@ -218,12 +218,12 @@ impl ArrivingMachine {
     /// # Errors
     /// If it does not arrive: the error has the reason that its process gives.
     pub fn receive(self, arrival: Arrival) -> Result<Machine, Error> {
-        let connection = arrival.hand_on(&self.machine.file(OFFER))?;
+        let connections = arrival.hand_on(&self.machine.file(OFFER))?;
         self.machine.launch(
             &self.change,
             &Launch {
                 from: None,
-                connection: Some(connection),
+                connections,
             },
         )?;
         let name = self.machine.name().clone();
@@ -258,11 +258,17 @@ impl Machine {
     pub fn open_arrival(
         folders: &Folders,
         name: &MachineName,
-        connection: OwnedFd,
+        connections: Vec<OwnedFd>,
     ) -> Result<(Arrival, MachineConfig), Error> {
         let machine = Machine::arriving(folders, name.clone());
-        let connection =
-            MigrationConnection::new(connection).map_err(Error::io("use the connection"))?;
+        let mut connections = connections.into_iter().map(MigrationConnection::new);
+        let first = connections
+            .next()
+            .unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()));
+        let mut connection = first.map_err(Error::io("use the connection"))?;
+        for other in connections {
+            connection.add(other.map_err(Error::io("use the connection"))?);
+        }
         let arrival = Arrival::handed_on(connection, &machine.file(OFFER))?;
         let path = machine.file(CONFIG);
         let text = fs::read_to_string(&path).map_err(Error::file("read", &path))?;

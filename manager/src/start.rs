@@ -32,8 +32,8 @@ pub struct StartOptions {
 pub(crate) struct Launch<'a> {
     /// The directory of the state that it goes on from, and what that is.
     pub(crate) from: Option<(&'a Path, RunOrigin)>,
-    /// The connection by which it arrives.
-    pub(crate) connection: Option<OwnedFd>,
+    /// The connections by which it arrives.
+    pub(crate) connections: Vec<OwnedFd>,
 }
 
 impl Machine {
@@ -150,7 +150,7 @@ impl Machine {
                 command.arg("--reverted");
             }
         }
-        if let Some(connection) = &launch.connection {
+        for connection in &launch.connections {
             // The process closes all other descriptors that it inherits.
             fcntl(connection, FcntlArg::F_SETFD(FdFlag::empty()))?;
             let number = connection.as_raw_fd().to_string();

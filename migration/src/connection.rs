@@ -1,6 +1,7 @@
 //! The connection of the two ends.
 
 use std::io::{self, Read};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,10 +15,11 @@ use crate::MigrationError;
 /// For how long the other end may neither send nor take anything that is waited for.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A stream socket that leads to the other end.
+/// A stream socket that leads to the other end, and others over which pages go too.
 #[derive(Debug)]
 pub struct Connection {
     shared: Arc<Shared>,
+    pub(crate) others: Vec<Connection>,
 }
 
 #[derive(Debug)]
@@ -28,14 +30,16 @@ struct Shared {
 
 /// Breaks a connection off, from any thread.
 #[derive(Debug, Clone)]
-pub struct Breaker(Arc<Shared>);
+pub struct Breaker(Vec<Arc<Shared>>);
 
 impl Breaker {
     /// Breaks the connection off: whoever uses it fails with [`MigrationError::Cancelled`].
     pub fn break_off(&self) {
-        self.0.is_broken_off.store(true, Ordering::SeqCst);
-        // It may be broken already.
-        let _ = self.0.socket.shutdown(std::net::Shutdown::Both);
+        for shared in &self.0 {
+            shared.is_broken_off.store(true, Ordering::SeqCst);
+            // It may be broken already.
+            let _ = shared.socket.shutdown(Shutdown::Both);
+        }
     }
 }
 
@@ -58,20 +62,38 @@ impl Connection {
                 socket,
                 is_broken_off: AtomicBool::new(false),
             }),
+            others: Vec::new(),
         })
     }
 
-    /// Returns the socket, for another process. Nothing of the stream is kept here.
+    /// Has pages go over `other` too, which leads to the same end. Both ends have to add as many.
+    pub fn add(&mut self, other: Connection) {
+        self.others.push(other);
+    }
+
+    /// Returns the sockets, this one first, for another process. Nothing of the streams is kept here.
     ///
     /// # Errors
     /// If the host is out of descriptors.
-    pub(crate) fn into_descriptor(self) -> io::Result<OwnedFd> {
-        Ok(self.socket().try_clone()?.into())
+    pub(crate) fn into_descriptors(self) -> io::Result<Vec<OwnedFd>> {
+        let duplicate = |it: &Connection| Ok(it.socket().try_clone()?.into());
+        self.all().map(duplicate).collect()
+    }
+
+    /// Returns this connection and the others.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Connection> {
+        std::iter::once(self).chain(&self.others)
     }
 
     /// Returns what breaks the connection off.
     pub fn breaker(&self) -> Breaker {
-        Breaker(self.shared.clone())
+        Breaker(self.all().map(|it| it.shared.clone()).collect())
+    }
+
+    /// Receives nothing more. What is received fails with [`MigrationError::Closed`].
+    pub(crate) fn stop_receiving(&self) {
+        // It may be broken already.
+        let _ = self.socket().shutdown(Shutdown::Read);
     }
 
     pub(crate) fn send(&self, mut bytes: &[u8]) -> Result<(), MigrationError> {

@@ -23,6 +23,12 @@ pub enum MigrationError {
     /// The connection cannot be used.
     #[error("the connection to the other end is broken: {0}")]
     Broken(#[source] io::Error),
+    /// There is no thread for one of several connections.
+    #[error("cannot start a thread for a connection: {0}")]
+    Thread(#[source] io::Error),
+    /// The system gives no random numbers.
+    #[error("cannot make a key for the connections: {0}")]
+    Random(#[source] io::Error),
     /// The other end has closed the connection.
     #[error("the other end has closed the connection")]
     Closed,

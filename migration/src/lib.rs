@@ -1,7 +1,7 @@
 //! The stream by which a running machine moves to another process or host. It knows no machine.
 //!
 //! The **source** has the machine; the **receiver** has made room for it. They have one connection, a stream
-//! socket ([`Connection`]). Each begins with the 8 bytes `BANTAMMG` and the version of the protocol, 2, as a
+//! socket ([`Connection`]). Each begins with the 8 bytes `BANTAMMG` and the version of the protocol, 3, as a
 //! little-endian number of 4 bytes. All that follows is messages: the kind and the length of the body in
 //! bytes, each a little-endian number of 4 bytes, and the body.
 //!
@@ -19,11 +19,19 @@
 //! | 10 | receiver | taken over | none |
 //! | 11 | both | failed | the reason, in UTF-8 |
 //! | 12 | source | trial | as that of an offer. The receiver checks it, and answers as if it were one. That is all |
+//! | 13 | source | others | before an offer: how many other connections there are, 1 byte, and a random key of 16 bytes |
+//! | 14 | source | join | the first message of another connection: that key |
+//! | 15 | source | end of pages | none. The last message of another connection |
+//! | 16 | source | compressed pages | the address of the first one and their length in bytes, 8 bytes each, and their content as a frame of zstd |
 //!
 //! A page that the source has not sent is zero. The source sends all pages that are not, and then, round after
 //! round, those that the machine has written meanwhile, until few are left. It lets the machine stand still,
 //! sends the last pages, gives up the machine's disks and sends its state. The receiver takes the disks, builds the
 //! machine and says that it is ready.
+//!
+//! **Several connections.** A source that wants more than one announces them, and each begins with the same 8 bytes and the version.
+//! Then they take pages, zeroes and ends of rounds, and each end of a round is answered where it came. A source begins a round when all
+//! connections have answered the end of the one before, so that no page overtakes a newer one.
 //!
 //! **One owner.** Until the source has sent `take over`, the machine is the source's: if the connection breaks, it goes on
 //! there, and the receiver forgets it. From then on it is the receiver's. If the connection breaks before `taken over`,
@@ -40,4 +48,4 @@ pub use address::Address;
 pub use connection::{Breaker, Connection};
 pub use error::MigrationError;
 pub use incoming::Incoming;
-pub use outgoing::{Counters, HandOver, Outgoing, Zeroes};
+pub use outgoing::{Compression, Counters, HandOver, Outgoing, Zeroes};

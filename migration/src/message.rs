@@ -5,7 +5,7 @@ use bantam_snapshot::StateFile;
 use crate::{Connection, MigrationError};
 
 const MAGIC: [u8; 8] = *b"BANTAMMG";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Length in bytes of what an alert or a handshake of TLS begins with (RFC 8446, section 5.1).
 const TLS_START: usize = 2;
 /// What errors call the state of a machine.
@@ -18,6 +18,8 @@ const MAX_REASON: usize = 4096;
 pub(crate) const MAX_PAGES: usize = 1 << 20;
 /// Length of an address in bytes.
 pub(crate) const ADDRESS: usize = size_of::<u64>();
+/// Length in bytes of the key by which the receiver knows the other connections of a source.
+pub(crate) const KEY: usize = 16;
 
 /// What a message is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,9 +36,13 @@ pub(crate) enum Kind {
     TakenOver,
     Failed,
     Trial,
+    Others,
+    Join,
+    PagesEnd,
+    Compressed,
 }
 
-const KINDS: [Kind; 12] = [
+const KINDS: [Kind; 16] = [
     Kind::Offer,
     Kind::Accepted,
     Kind::Pages,
@@ -49,6 +55,10 @@ const KINDS: [Kind; 12] = [
     Kind::TakenOver,
     Kind::Failed,
     Kind::Trial,
+    Kind::Others,
+    Kind::Join,
+    Kind::PagesEnd,
+    Kind::Compressed,
 ];
 
 impl Kind {
@@ -68,7 +78,13 @@ impl Kind {
                 let pages = len.saturating_sub(ADDRESS);
                 (1..=MAX_PAGES).contains(&pages)
             }
+            Kind::Compressed => {
+                let data = len.saturating_sub(2 * ADDRESS);
+                (1..=MAX_PAGES).contains(&data)
+            }
             Kind::Zeroes => len == 2 * ADDRESS,
+            Kind::Others => len == 1 + KEY,
+            Kind::Join => len == KEY,
             Kind::TakeOver => len == 1,
             Kind::Failed => len <= MAX_REASON,
             _ => len == 0,
@@ -110,11 +126,19 @@ impl Head {
 impl Connection {
     /// Tells the other end which protocol this is, and checks that it is the same there.
     pub(crate) fn greet(&self) -> Result<(), MigrationError> {
+        self.send_greeting()?;
+        self.receive_greeting()
+    }
+
+    pub(crate) fn send_greeting(&self) -> Result<(), MigrationError> {
         let mut bytes = [0; MAGIC.len() + size_of::<u32>()];
         let (magic, version) = bytes.split_at_mut(MAGIC.len());
         magic.copy_from_slice(&MAGIC);
         version.copy_from_slice(&VERSION.to_le_bytes());
-        self.send(&bytes)?;
+        self.send(&bytes)
+    }
+
+    pub(crate) fn receive_greeting(&self) -> Result<(), MigrationError> {
         let mut magic = [0; MAGIC.len()];
         let (start, rest) = magic.split_at_mut(TLS_START);
         // An alert of TLS can be shorter than the rest.
@@ -214,12 +238,12 @@ mod tests {
     #[test]
     fn each_kind_has_the_number_of_the_documentation() {
         let numbers: Vec<_> = KINDS.into_iter().map(Kind::number).collect();
-        assert_eq!(numbers, (1..=12).collect::<Vec<_>>());
+        assert_eq!(numbers, (1..=16).collect::<Vec<_>>());
     }
 
     proptest! {
         #[test]
-        fn a_head_is_read_as_it_was_written_or_refused(number in 0..14_u32, len: u32) {
+        fn a_head_is_read_as_it_was_written_or_refused(number in 0..18_u32, len: u32) {
             let mut bytes = [0; 8];
             bytes[..4].copy_from_slice(&number.to_le_bytes());
             bytes[4..].copy_from_slice(&len.to_le_bytes());

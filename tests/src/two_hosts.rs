@@ -122,13 +122,44 @@ impl Machines {
 
 /// Relays what comes at a new socket at `from` to the one at `to`, as [`relay_between`].
 pub fn relay(from: &Path, to: &Path, limits: [usize; 2], pause: Duration) -> Arc<[AtomicUsize; 2]> {
-    let listener = UnixListener::bind(from).expect("it is a new path");
-    let to = to.to_path_buf();
-    let connect = move || {
-        let (near, _) = listener.accept().expect("the source connects");
-        [near, UnixStream::connect(to).expect("the receiver listens")]
-    };
-    relay_between(connect, limits, pause)
+    let [passed] = relay_in_turn(from, to, [limits], pause);
+    passed
+}
+
+/// Does the same for each of several connections, with the limits of each.
+pub fn relay_each<const N: usize>(
+    from: &Path,
+    to: &Path,
+    limits: [[usize; 2]; N],
+) -> [Arc<[AtomicUsize; 2]>; N] {
+    relay_in_turn(from, to, limits, Duration::ZERO)
+}
+
+fn relay_in_turn<const N: usize>(
+    from: &Path,
+    to: &Path,
+    limits: [[usize; 2]; N],
+    pause: Duration,
+) -> [Arc<[AtomicUsize; 2]>; N] {
+    let listener = Arc::new(UnixListener::bind(from).expect("it is a new path"));
+    // They come in the order of their limits.
+    let turn = Arc::new(AtomicUsize::new(0));
+    let mut index = 0;
+    limits.map(|limits| {
+        let (listener, turn, to) = (listener.clone(), turn.clone(), to.to_path_buf());
+        let number = index;
+        index += 1;
+        let connect = move || {
+            while turn.load(Ordering::SeqCst) != number {
+                thread::sleep(Duration::from_millis(1));
+            }
+            let (near, _) = listener.accept().expect("the source connects");
+            let far = UnixStream::connect(to).expect("the receiver listens");
+            turn.store(number + 1, Ordering::SeqCst);
+            [near, far]
+        };
+        relay_between(connect, limits, pause)
+    })
 }
 
 /// Relays what comes at a new port to the one at `to`, as [`relay_between`]. Returns the address of the new port too.

@@ -354,7 +354,7 @@ fn a_migration_is_cancelled_at_any_moment() {
         // The other end greets, and then takes nothing.
         let (ours, theirs) = UnixStream::pair().expect("there are descriptors");
         let mut greeting = b"BANTAMMG".to_vec();
-        greeting.extend(2_u32.to_le_bytes());
+        greeting.extend(3_u32.to_le_bytes());
         (&theirs).write_all(&greeting).expect("there is room");
         let source = thread::spawn({
             let machine = machine.clone();
@@ -832,7 +832,7 @@ fn memory_crosses_a_network_only_if_that_is_allowed() {
     let ended = Bantam::new(["migrate", "--receive", "tcp://0.0.0.0:0"]).finish();
     let error = ended.failed_with_one_line();
     assert!(
-        error.contains("ssh -L") && error.contains("--insecure"),
+        error.contains("tls://") && error.contains("--insecure"),
         "{error}"
     );
     let source = Source::start(Bantam::payload("generation"));

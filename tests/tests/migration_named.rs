@@ -1,6 +1,7 @@
 //! Named machines that move between two state folders, as between two hosts.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -8,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bantam_tests::counting::wait_until;
-use bantam_tests::two_hosts::{Hosts, relay};
+use bantam_tests::two_hosts::{Hosts, relay, relay_each};
 use bantam_tests::{Machines, monitor, require_kvm};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -250,6 +251,63 @@ fn with_ssh(folder: &Path, there: &Machines) -> String {
 }
 
 #[test]
+fn a_machine_moves_over_several_connections_with_compressed_pages() {
+    require_kvm!();
+    let hosts = Hosts::new();
+    hosts.start("web");
+    let receiver = hosts.receive(&hosts.receiver, "move.sock", &[]);
+    let address = hosts.address("move.sock");
+    let options = ["--connections", "4", "--compress", "zstd"];
+    let asked = [&["migrate", "--dry-run", "web", &address], &options[..]].concat();
+    assert_eq!(hosts.source.done(&asked), "the machine could run there\n");
+    let moved = [&["migrate", "web", &address], &options[..]].concat();
+    let moved = hosts.source.run(&moved);
+    moved.has_status(0);
+    hosts.one_runs(&moved, receiver.wait().has_status(0));
+
+    // A source whose other connections do not come.
+    let receiver = hosts.receive(&hosts.source, "lonely.sock", &["--name", "lonely"]);
+    let mut source = UnixStream::connect(hosts.path("lonely.sock")).expect("it listens");
+    let others = [
+        &b"BANTAMMG\x03\0\0\0"[..],
+        &[13, 0, 0, 0, 17, 0, 0, 0, 1],
+        &[0; 16],
+        &[11, 0, 0, 0, 0, 0, 0, 0],
+    ];
+    source.write_all(&others.concat()).expect("it reads");
+    receiver.wait().failed_with_one_line();
+    assert_eq!(hosts.source.folders(), ["web"]);
+}
+
+#[test]
+fn wherever_one_of_two_connections_is_cut_exactly_one_machine_runs() {
+    require_kvm!();
+    let move_over_cut = |second, limit| {
+        let hosts = Hosts::new();
+        hosts.start("web");
+        let receiver = hosts.receive(&hosts.receiver, "move.sock", &[]);
+        let limits = match second {
+            false => [[limit, usize::MAX], [usize::MAX; 2]],
+            true => [[usize::MAX; 2], [limit, usize::MAX]],
+        };
+        let passed = relay_each(&hosts.path("cut.sock"), &hosts.path("move.sock"), limits);
+        let address = hosts.address("cut.sock");
+        let moved = ["migrate", "web", &address, "--connections", "2"];
+        let moved = hosts.source.run(&moved);
+        hosts.one_runs(&moved, &receiver.wait());
+        passed.map(|it| it[0].load(Ordering::SeqCst))
+    };
+    let all = move_over_cut(false, usize::MAX);
+    for part in 1..5 {
+        move_over_cut(false, all[0] * part / 5);
+        move_over_cut(true, all[1] * part / 5);
+    }
+    for less in [1, 8, 9, 20] {
+        move_over_cut(true, all[1] - less);
+    }
+}
+
+#[test]
 fn a_machine_moves_by_ssh() {
     require_kvm!();
     let hosts = Hosts::new();
@@ -268,6 +326,11 @@ fn a_machine_moves_by_ssh() {
     assert!(lost.stderr.contains("exit status: 255"), "{lost}");
     assert_eq!(source.state("web").split(' ').next(), Some("running"));
 
+    let several = migrate(&["web", "ssh://other", "--connections", "2"]);
+    assert!(
+        several.failed_with_one_line().contains("tls://"),
+        "{several}"
+    );
     let asked = migrate(&["--dry-run", "web", "ssh://other"]);
     assert_eq!(asked.succeeded().text(), "the machine could run there\n");
     assert_eq!(there.folders(), <[&str; 0]>::default());

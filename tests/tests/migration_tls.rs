@@ -118,7 +118,9 @@ fn a_machine_moves_by_tls() {
         &folder,
     ];
     assert_eq!(hosts.source.done(&dry), "the machine could run there\n");
-    let moved = migrate(&hosts, &address, &client);
+    let arguments = ["migrate", "web", &address, "--tls-dir", &folder];
+    let moved = [&arguments[..], &["--connections", "3"]].concat();
+    let moved = hosts.source.run(&moved);
     assert!(moved.succeeded().text().contains("moved in"), "{moved}");
     assert_eq!(moved.stderr, "");
     let arrived = receiver.wait();

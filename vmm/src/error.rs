@@ -251,10 +251,16 @@ pub enum Error {
     },
     /// The memory of a machine would cross a network for others to read.
     #[error(
-        "the machine was not moved: its memory would cross a network unencrypted, for others to read and change; lead a TCP \
-         port of this host there by a tunnel such as 'ssh -L', or allow it (--insecure)"
+        "the machine was not moved: its memory would cross a network unencrypted, for others to read and change; use \
+         tls:// or ssh://, or allow it (--insecure)"
     )]
     InsecureMigration,
+    /// More connections are wanted than a migration can have.
+    #[error("the machine was not moved: a migration has at most {limit} connections")]
+    TooManyConnections {
+        /// How many it can have.
+        limit: u8,
+    },
     /// The machine writes to its memory faster than that can be copied.
     #[error(
         "the machine was not moved: it writes to its memory so fast that {mib} MiB are left, too much for the {} ms for \

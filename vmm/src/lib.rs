@@ -79,7 +79,8 @@ pub use bantam_devices::{ListenError, ListeningSocket};
 pub use bantam_memory::GuestMemory;
 pub use bantam_metadata::{MetadataError, MetadataMetrics, MetadataStore};
 pub use bantam_migration::{
-    Address as MigrationAddress, Connection as MigrationConnection, MigrationError,
+    Address as MigrationAddress, Compression as MigrationCompression,
+    Connection as MigrationConnection, MigrationError,
 };
 pub use bantam_network::PlaceKeeper;
 pub use bantam_snapshot::merge as merge_snapshots;

@@ -226,6 +226,8 @@ impl SecureStream {
         stream.set_nonblocking(true)?;
         plain.set_nonblocking(true)?;
         let mut chunk = vec![0; CHUNK];
+        // `Connection::read_tls` takes only 4 KiB at once, which would be a system call each.
+        let mut encrypted = vec![0; CHUNK];
         // More is taken only when all before has been sent.
         connection.set_buffer_limit(None);
         // What is still to be written to `plain`.
@@ -255,9 +257,14 @@ impl SecureStream {
             while connection.wants_write() && ready(connection.write_tls(&mut stream))?.is_some() {}
             while receives
                 && received.len() < CHUNK
-                && let Some(count) = ready(connection.read_tls(&mut stream))?
+                && let Some(count) = ready(stream.read(&mut encrypted))?
             {
-                receives = count > 0 && received.decrypt(&mut connection)?;
+                let mut encrypted = encrypted.get(..count).unwrap_or_default();
+                receives = count > 0;
+                while receives && !encrypted.is_empty() {
+                    connection.read_tls(&mut encrypted)?;
+                    receives = received.decrypt(&mut connection)?;
+                }
             }
             if !received.is_empty()
                 && let Some(count) = ready(plain.write(received.bytes()))?

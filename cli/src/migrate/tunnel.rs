@@ -1,7 +1,7 @@
 //! Ways to another host that this command has, and the machine does not: the machine connects to a socket of this command.
 
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::{self, JoinHandle};
@@ -42,7 +42,8 @@ impl Tunnel {
         if let Some(name) = name {
             command.args(["--name", name.as_str()]);
         }
-        Tunnel::start(move |stream| {
+        Tunnel::start(move |listener| {
+            let (stream, _) = listener.accept()?;
             let mut child = command
                 .stdin(OwnedFd::from(stream.try_clone()?))
                 .stdout(OwnedFd::from(stream))
@@ -58,18 +59,33 @@ impl Tunnel {
         })
     }
 
-    /// Leads whoever connects, once, to a receiver that speaks TLS, with the certificates in `folder`.
+    /// Leads those who connect, so many times, to a receiver that speaks TLS, with the certificates in `folder`.
     ///
     /// # Errors
     /// If the receiver is not there, or one of the ends does not accept the other's certificate.
-    pub fn by_tls(place: &TlsPlace, folder: &Path) -> anyhow::Result<Tunnel> {
-        let secure = SecureStream::connect(tls::client_config(folder)?, place)?;
-        Tunnel::start(move |stream| secure.relay(stream))
+    pub fn by_tls(place: &TlsPlace, folder: &Path, connections: u8) -> anyhow::Result<Tunnel> {
+        let config = tls::client_config(folder)?;
+        let first = SecureStream::connect(config.clone(), place)?;
+        let place = place.clone();
+        Tunnel::start(move |listener| {
+            let (stream, _) = listener.accept()?;
+            thread::scope(|scope| {
+                let mut relays = vec![scope.spawn(move || first.relay(stream))];
+                for _ in 1..connections {
+                    let (stream, _) = listener.accept()?;
+                    let connect = || SecureStream::connect(config.clone(), &place)?.relay(stream);
+                    relays.push(scope.spawn(connect));
+                }
+                // A panic of one has been reported.
+                let relays = relays.into_iter().filter_map(|it| it.join().ok());
+                relays.fold(Ok(()), anyhow::Result::and)
+            })
+        })
     }
 
-    /// Calls `lead` with the first connection to a new socket.
+    /// Calls `lead` with a new socket, in a thread.
     fn start(
-        lead: impl FnOnce(UnixStream) -> anyhow::Result<()> + Send + 'static,
+        lead: impl FnOnce(UnixListener) -> anyhow::Result<()> + Send + 'static,
     ) -> anyhow::Result<Tunnel> {
         let path = env::temp_dir().join(format!("bantam-migrate-{}.sock", process::id()));
         let failed = || format!("cannot listen on '{}'", path.display());
@@ -77,7 +93,7 @@ impl Tunnel {
         let listener = socket.try_clone_listener().with_context(failed)?;
         listener.set_nonblocking(false).with_context(failed)?;
         let thread = thread::Builder::new().name("tunnel".into());
-        let thread = thread.spawn(move || lead(listener.accept()?.0));
+        let thread = thread.spawn(move || lead(listener));
         Ok(Tunnel {
             path,
             _socket: socket,

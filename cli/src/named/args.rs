@@ -577,9 +577,9 @@ pub struct ProcessArgs {
     /// The state is that of a snapshot
     #[arg(long)]
     pub reverted: bool,
-    /// Number of the descriptor of the connection by which the machine arrives
+    /// Numbers of the descriptors of the connections by which the machine arrives
     #[arg(long)]
-    pub connection: Option<RawFd>,
+    pub connection: Vec<RawFd>,
 }
 
 #[derive(Debug, Args)]

@@ -22,11 +22,15 @@ use crate::{close_others, message, raise_descriptor_limit, reason, report};
 /// Runs a named machine until it ends for good.
 pub fn run(args: ProcessArgs) -> ExitCode {
     // The machine must not keep the pipes and locks of whoever has started it. Nothing else is open yet.
-    close_others(args.connection);
-    let connection = args.connection.and_then(adopt_connection);
+    close_others(&args.connection);
+    let connections: Vec<_> = args
+        .connection
+        .into_iter()
+        .filter_map(adopt_connection)
+        .collect();
     raise_descriptor_limit();
     let origin = match (&args.from, args.reverted) {
-        (None, _) if connection.is_some() => RunOrigin::Migrated,
+        (None, _) if !connections.is_empty() => RunOrigin::Migrated,
         (None, _) => RunOrigin::Booted,
         (Some(_), false) => RunOrigin::Restored,
         (Some(_), true) => RunOrigin::Reverted,
@@ -45,9 +49,9 @@ pub fn run(args: ProcessArgs) -> ExitCode {
     };
     let log = log::of_process(ProcessLog::of(process.machine()));
     let limited = process.limit().map_err(anyhow::Error::from);
-    let prepared = limited.and_then(|()| match connection {
-        Some(connection) => prepare_arrival(folders, args.name, connection),
-        None => prepare(
+    let prepared = limited.and_then(|()| match connections.is_empty() {
+        false => prepare_arrival(folders, args.name, connections),
+        true => prepare(
             process.machine(),
             args.from.as_deref().map(|from| (from, origin)),
         ),
@@ -121,9 +125,9 @@ fn prepare(
 fn prepare_arrival(
     folders: Folders,
     name: MachineName,
-    connection: OwnedFd,
+    connections: Vec<OwnedFd>,
 ) -> anyhow::Result<(MachineConfig, Origin)> {
-    let (arrival, config) = Machine::open_arrival(&folders, &name, connection)?;
+    let (arrival, config) = Machine::open_arrival(&folders, &name, connections)?;
     let origin = Origin::Arrival {
         arrival: Box::new(arrival),
         settle: Box::new(move || Machine::settle(&folders, &name)),

@@ -46,7 +46,7 @@ pub fn migrate(_session: &mut Session, arguments: &Arguments) -> anyhow::Result<
                 true => 99,
                 false => 0,
             },
-            note: None,
+            ..MigrationOptions::default()
         },
     };
     relocation

@@ -67,19 +67,32 @@ impl Arrival {
         self.sections.note.as_deref()
     }
 
-    /// Writes the offer to a file at `path`, and returns the connection, for another process of this host that receives the
+    /// Returns whether other connections of the source are still to come, for [`Arrival::join`].
+    pub fn awaits_connections(&self) -> bool {
+        self.incoming.awaits_connections()
+    }
+
+    /// Adds another connection of the source.
+    ///
+    /// # Errors
+    /// If it is not one. The source may still have to make it.
+    pub fn join(&mut self, connection: Connection) -> Result<(), Error> {
+        Ok(self.incoming.join(connection)?)
+    }
+
+    /// Writes the offer to a file at `path`, and returns the connections, for another process of this host that receives the
     /// machine ([`Arrival::handed_on`]).
     ///
     /// # Errors
     /// If the host refuses the file, or is out of descriptors.
-    pub fn hand_on(self, path: &Path) -> Result<OwnedFd, Error> {
-        let (descriptor, offer) = self
+    pub fn hand_on(self, path: &Path) -> Result<Vec<OwnedFd>, Error> {
+        let (descriptors, offer) = self
             .incoming
             .hand_on()
             .map_err(Error::resource("a descriptor of the connection"))?;
         let mut file = File::create(path).map_err(Error::resource("the file of the offer"))?;
         offer.write_to(&mut file)?;
-        Ok(descriptor)
+        Ok(descriptors)
     }
 
     /// Goes on with a machine whose offer another process of this host has written to a file at `path`.

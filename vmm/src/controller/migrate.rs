@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bantam_memory::{GuestMemory, PAGE_SIZE, PageSet};
-use bantam_migration::{Connection, HandOver, Outgoing, Zeroes};
+use bantam_migration::{Compression, Connection, HandOver, Outgoing, Zeroes};
 use bantam_snapshot::{Facts, StateFile};
 use serde::{Deserialize, Serialize};
 
@@ -44,6 +44,12 @@ pub struct MigrationOptions {
     /// How much of its time the machine may lose at most, in percent, if it writes to its memory faster than that can be
     /// copied. It is slowed down in steps. 0 lets it run as fast as it can; more than 99 is 99.
     pub max_throttle: u8,
+    /// How many connections [`Controller::migrate_to`] makes, over which pages are sent at once; at most
+    /// [`MigrationOptions::MAX_CONNECTIONS`]. 0 is 1.
+    pub connections: u8,
+    /// How pages are compressed, if they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compress: Option<Compression>,
     /// What the owner of the machine tells its owner at the other end ([`Arrival::note`](crate::Arrival::note)).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
@@ -60,6 +66,11 @@ pub enum AtTimeout {
     Stop,
 }
 
+impl MigrationOptions {
+    /// Most connections of a migration.
+    pub const MAX_CONNECTIONS: u8 = 16;
+}
+
 impl Default for MigrationOptions {
     fn default() -> MigrationOptions {
         MigrationOptions {
@@ -67,6 +78,8 @@ impl Default for MigrationOptions {
             timeout: Duration::from_secs(120),
             at_timeout: AtTimeout::Cancel,
             max_throttle: 99,
+            connections: 1,
+            compress: None,
             note: None,
         }
     }
@@ -120,7 +133,7 @@ impl Controller {
         let (offer, _) = self.while_at_rest(false, || {
             self.while_paused(ACTION, |it| self.describe(it, options.note.clone()))
         })?;
-        let mut outgoing = Outgoing::offer(connection, &offer)?;
+        let mut outgoing = Outgoing::offer(connection, &offer, options.compress)?;
         under_way.begin_copy(outgoing.counters());
         // Its log is dropped when the machine has been handed over, as that takes a while.
         let rest = self.copy(&mut outgoing, &parts, &under_way, runs, options);
@@ -193,15 +206,22 @@ impl Controller {
         if !order.insecure && !order.destination.is_local() {
             return Err(Error::InsecureMigration);
         }
-        let connection = order.destination.connect()?;
-        match order.dry_run {
-            true => self
-                .try_migrate(connection, &order.options)
-                .map(|()| Answer::Done),
-            false => self
-                .migrate(connection, &order.options)
-                .map(Answer::Migrated),
+        let connections = order.options.connections;
+        if connections > MigrationOptions::MAX_CONNECTIONS {
+            return Err(Error::TooManyConnections {
+                limit: MigrationOptions::MAX_CONNECTIONS,
+            });
         }
+        let mut connection = order.destination.connect()?;
+        if order.dry_run {
+            let asked = self.try_migrate(connection, &order.options);
+            return asked.map(|()| Answer::Done);
+        }
+        for _ in 1..connections {
+            connection.add(order.destination.connect()?);
+        }
+        self.migrate(connection, &order.options)
+            .map(Answer::Migrated)
     }
 
     /// Sends the memory, all but a rest.
