@@ -11,7 +11,7 @@ needed=(gcc libc6-dev make)
 [[ $task == build ]] || mapfile -t -O "${#needed[@]}" needed < <(guest/build.sh packages "$task")
 # The peer of the benchmarks, tools to make and check disk images, file systems and domain XML, a debugger, and network tools
 # for the tests.
-[[ $task != all ]] || needed+=(qemu-system-x86 qemu-utils btrfs-progs debootstrap dosfstools fdisk mtools xfsprogs xorriso libvirt-clients libxml2-utils gdb dnsmasq-base iproute2 iptables nftables openssh-client openssl passt procps tshark busybox-static ufw)
+[[ $task != all ]] || needed+=(qemu-system-x86 qemu-utils btrfs-progs debootstrap dosfstools fdisk mtools xfsprogs xorriso libvirt-clients libxml2-utils gdb dnsmasq-base iperf3 iproute2 iptables nftables openssh-client openssl passt procps tshark busybox-static ufw)
 
 # One at a time: apt's own lock makes the second fail.
 exec {lock}<install-packages.sh

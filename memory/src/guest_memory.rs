@@ -225,10 +225,23 @@ impl GuestMemory {
     /// # Errors
     /// If they cannot be read, or the host's kernel does not offer this (Linux 5.14 has it).
     pub fn populate(&self, address: GuestAddress, len: usize) -> io::Result<()> {
+        self.advise(address, len, libc::MADV_POPULATE_READ)
+    }
+
+    /// Has the host allocate `len` bytes from `address` on, whole pages of one region, at once. If they are written next, there is no
+    /// page fault for each of them.
+    ///
+    /// # Errors
+    /// If the host has no memory, or its kernel does not offer this (Linux 5.14 has it).
+    pub fn allocate(&self, address: GuestAddress, len: usize) -> io::Result<()> {
+        self.advise(address, len, libc::MADV_POPULATE_WRITE)
+    }
+
+    fn advise(&self, address: GuestAddress, len: usize, advice: libc::c_int) -> io::Result<()> {
         let pages = self.host_range(address, len);
         let pages = pages.ok_or(io::ErrorKind::InvalidInput)?;
-        // SAFETY: the pages are within a region. The advice changes no content.
-        match unsafe { libc::madvise(pages.as_ptr().cast(), len, libc::MADV_POPULATE_READ) } {
+        // SAFETY: the pages are within a region. The advice is one that changes no content.
+        match unsafe { libc::madvise(pages.as_ptr().cast(), len, advice) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }

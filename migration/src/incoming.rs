@@ -216,8 +216,13 @@ fn receive_pages(
             Kind::Pages => {
                 let mut address = [0; ADDRESS];
                 connection.receive(&mut address)?;
-                let len = head.len.saturating_sub(ADDRESS) as u64;
-                let mut buffers = buffers(memory, u64::from_le_bytes(address), len)?;
+                let (address, len) = (
+                    u64::from_le_bytes(address),
+                    head.len.saturating_sub(ADDRESS),
+                );
+                let mut buffers = buffers(memory, address, len as u64)?;
+                // It is faster. A host that does not offer it allocates each page when it is written.
+                let _ = memory.allocate(GuestAddress(address), len);
                 connection.receive_buffers(&mut buffers)?;
             }
             Kind::Zeroes => {

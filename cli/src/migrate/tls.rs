@@ -27,7 +27,7 @@ use super::endpoint::TlsPlace;
 /// How long a host may take to answer a connection, and then to show its certificate.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 /// How many bytes are relayed at once.
-const CHUNK: usize = 256 << 10;
+const CHUNK: usize = 64 << 10;
 
 /// The certificate of the authority, by the names of libvirt and of QEMU.
 const AUTHORITY: [&str; 2] = ["cacert.pem", "ca-cert.pem"];

@@ -12,6 +12,7 @@ mod images;
 mod load;
 mod many;
 mod memory;
+mod migration;
 mod monitors;
 mod named;
 mod net;
@@ -33,7 +34,7 @@ use report::Report;
 /// A part of the benchmarks, with the name that `ONLY=` takes.
 type Part = (&'static str, fn(&Monitors, &mut Report));
 
-const PARTS: [Part; 13] = [
+const PARTS: [Part; 14] = [
     ("start", start::measure),
     ("api", api::measure),
     ("boot", boot::measure),
@@ -47,6 +48,7 @@ const PARTS: [Part; 13] = [
     ("named", named::measure),
     ("snapshots", snapshots::measure),
     ("tracking", tracking::measure),
+    ("migration", migration::measure),
 ];
 
 fn main() {
