@@ -14,8 +14,8 @@ use bantam_vmm::{
 
 const SIZE: usize = 24 << 20;
 const SEED: u64 = 5;
-/// Steps of each of the guest's threads. They take about a minute.
-const OPERATIONS: u32 = 2000;
+/// Steps of each of the guest's threads. They take a minute or two.
+const OPERATIONS: u32 = 1000;
 /// How long a job may take.
 const JOB_LIMIT: Duration = Duration::from_secs(60);
 
