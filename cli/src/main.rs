@@ -212,7 +212,7 @@ fn receive(args: &MigrateArgs, end: &ReceivingEnd) -> ExitCode {
                 let line = format!("machine '{}' has arrived", machine.name());
                 match end {
                     ReceivingEnd::Address(_) | ReceivingEnd::Tls(_) => {
-                        named::print(&(line + "\n"))?
+                        named::print(&(line + "\n"))?;
                     }
                     // Standard output is the connection.
                     ReceivingEnd::Stdio => say(format_args!("{line}")),

@@ -45,12 +45,18 @@ impl Hosts {
 
     /// Starts a machine with a disk that both ends see.
     pub fn start(&self, name: &str) {
+        self.start_with(name, &[]);
+    }
+
+    /// Does the same with more options.
+    pub fn start_with(&self, name: &str, options: &[&str]) {
         let image = self.path("disk");
         let made = File::create(&image).and_then(|file| file.set_len(1 << 20));
         made.expect("there is room");
         let disk = image.display().to_string();
         let more = ["--disk", &disk, "--restart", "on-failure"];
-        self.source.create(name, "count", WORDS, &more);
+        self.source
+            .create(name, "count", WORDS, &[&more, options].concat());
         self.source.done(&["start", name]);
     }
 

@@ -254,7 +254,7 @@ fn with_ssh(folder: &Path, there: &Machines) -> String {
 fn a_machine_moves_over_several_connections_with_compressed_pages() {
     require_kvm!();
     let hosts = Hosts::new();
-    hosts.start("web");
+    hosts.start_with("web", &["--seccomp", "kill", "--landlock", "on"]);
     let receiver = hosts.receive(&hosts.receiver, "move.sock", &[]);
     let address = hosts.address("move.sock");
     let options = ["--connections", "4", "--compress", "zstd"];
