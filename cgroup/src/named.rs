@@ -164,7 +164,15 @@ mod tests {
         assert_eq!(value.controller(), "cpuset");
         assert_eq!((&*value.file, &*value.value), ("cpuset.cpus", "0-1,3"));
         assert_eq!("memory.max=".parse::<FileValue>().unwrap().value, "");
-        for text in ["", "cpu.shares", "shares=1", ".x=1", "cpu.=1", "../x.y=1", "a/b.c=1"] {
+        for text in [
+            "",
+            "cpu.shares",
+            "shares=1",
+            ".x=1",
+            "cpu.=1",
+            "../x.y=1",
+            "a/b.c=1",
+        ] {
             assert!(text.parse::<FileValue>().is_err(), "{text}");
         }
     }

@@ -15,9 +15,9 @@ mod generated_docs;
 #[cfg(target_env = "gnu")]
 mod heap;
 mod image;
+mod jailer;
 mod local_time;
 mod log;
-mod jailer;
 mod main_loop;
 mod message;
 mod migrate;

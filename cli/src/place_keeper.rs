@@ -12,7 +12,7 @@ use bantam_vmm::{PlaceKeeper, keep_network_places};
 use nix::libc;
 use nix::sys::prctl;
 use nix::sys::signal::SigSet;
-use nix::unistd::{ForkResult, dup2_stdin, dup2_stdout, fork, getpid};
+use nix::unistd::{ForkResult, Pid, dup2_stdin, dup2_stdout, fork, getpid, setpgid};
 
 use crate::close_others;
 
@@ -48,8 +48,9 @@ pub fn start(config: &MachineConfig) -> anyhow::Result<PlaceKeeper> {
 
 /// Takes places until the machine's process has ended, however it ends.
 fn keep(config: &MachineConfig, machine: u32, socket: &OwnedFd) -> io::Result<()> {
-    // They are for the machine, which then gives up its places.
+    // They are for the machine, which then gives up its places. If its whole process group is killed, this is done here.
     SigSet::all().thread_block()?;
+    setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
     prctl::set_name(c"bantam-networks")?;
     close_others(&[socket.as_raw_fd()]);
     let null = File::options().read(true).write(true).open("/dev/null")?;

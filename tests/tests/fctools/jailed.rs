@@ -50,7 +50,9 @@ impl VirtualPathResolver for InJail {
 fn libraries() -> Vec<PathBuf> {
     let output = Command::new("ldd").arg(monitor()).output().unwrap();
     let output = String::from_utf8(output.stdout).unwrap();
-    let words = output.split_whitespace().filter(|word| word.starts_with('/'));
+    let words = output
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'));
     words.map(PathBuf::from).collect()
 }
 
@@ -151,7 +153,9 @@ async fn a_jailed_machine_sees_its_own_files_only_and_is_snapshot_into_its_jail(
     let environment = fs::read(format!("/proc/{}/environ", jailed.monitor)).unwrap();
     assert!(environment.is_empty());
     let limits = fs::read_to_string(format!("/proc/{}/limits", jailed.monitor)).unwrap();
-    let files = limits.lines().find(|line| line.starts_with("Max open files"));
+    let files = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"));
     assert!(files.unwrap().contains(" 2048 "), "{limits}");
 
     jailed.machine.pause().await.unwrap();
