@@ -1,7 +1,7 @@
 //! The process that becomes a jailed monitor.
 
 use std::convert::Infallible;
-use std::ffi::{CString, OsStr};
+use std::ffi::{CString, NulError, OsStr, OsString};
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -136,14 +136,14 @@ fn arguments(
     path: &Path,
     times: &Times,
     spent: Duration,
-) -> Result<Vec<CString>, std::ffi::NulError> {
+) -> Result<Vec<CString>, NulError> {
     let own = [
         format!("--id={}", jailer.id),
         format!("--start-time-us={}", times.monotonic.as_micros()),
         format!("--start-time-cpu-us={}", times.cpu.as_micros()),
         format!("--parent-cpu-time-us={}", spent.as_micros()),
     ];
-    let others = jailer.arguments.iter().map(|it| it.as_os_str());
+    let others = jailer.arguments.iter().map(OsString::as_os_str);
     let all = [path.as_os_str()]
         .into_iter()
         .chain(own.iter().map(OsStr::new))
