@@ -261,8 +261,9 @@ impl Machine {
                 {
                     tracing::warn!("an overlay stays: {error}");
                 }
+                let removed = self.remove_unused();
                 files::remove_folder(&path).map_err(Error::file("remove", &path))?;
-                self.remove_unused()?;
+                removed?;
             } else if name.starts_with(NEW) {
                 self.mend_snapshot(&path)?;
             }
@@ -413,9 +414,10 @@ impl Machine {
         let gone = self.file(file::SNAPSHOTS).join(format!("{GONE}{name}"));
         fs::rename(&folder, &gone).map_err(Error::file("remove", &folder))?;
         let merged = self.merge_overlays(&record, &gone);
+        let removed = merged.and_then(|()| self.remove_unused());
+        // The folder goes last: another command finds it, and does all this, if this one is killed.
         files::remove_folder(&gone).map_err(Error::file("remove", &gone))?;
-        merged?;
-        self.remove_unused()
+        removed
     }
 
     /// Writes what is known of a snapshot.
