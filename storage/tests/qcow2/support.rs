@@ -5,12 +5,17 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use bantam_storage::qcow2::{Options, Qcow2};
 use bantam_storage::{Direction, Extent, HostFile, Image, ImageFile, RawImage};
 use tempfile::TempDir;
 
 use crate::memory_file::MemoryFile;
+
+/// How long a lock can stay that nobody holds on purpose.
+const LOCK_LIMIT: Duration = Duration::from_secs(10);
 
 /// Runs one of QEMU's tools and returns what it prints, or its status and what it says.
 pub fn try_qemu(tool: &str, arguments: &[&str]) -> Result<String, (i32, String)> {
@@ -29,8 +34,17 @@ pub fn try_qemu(tool: &str, arguments: &[&str]) -> Result<String, (i32, String)>
 
 /// Runs one of QEMU's tools, which has to succeed.
 pub fn qemu(tool: &str, arguments: &[&str]) -> String {
-    try_qemu(tool, arguments)
-        .unwrap_or_else(|(status, says)| panic!("{tool} {arguments:?}: {status}: {says}"))
+    let deadline = Instant::now() + LOCK_LIMIT;
+    loop {
+        match try_qemu(tool, arguments) {
+            Ok(text) => return text,
+            // A process that another test is starting has the locks of all files until it executes its program.
+            Err((_, says)) if says.contains("lock") && Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            Err((status, says)) => panic!("{tool} {arguments:?}: {status}: {says}"),
+        }
+    }
 }
 
 /// A folder with images.
