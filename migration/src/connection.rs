@@ -15,6 +15,9 @@ use crate::MigrationError;
 /// For how long the other end may neither send nor take anything that is waited for.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Most connections of one migration: each takes a thread at both ends.
+pub const MAX_CONNECTIONS: u8 = 16;
+
 /// A stream socket that leads to the other end, and others over which pages go too.
 #[derive(Debug)]
 pub struct Connection {

@@ -10,6 +10,7 @@ use bantam_snapshot::StateFile;
 use vm_memory::GuestAddress;
 use zstd::bulk::Decompressor;
 
+use crate::connection::MAX_CONNECTIONS;
 use crate::message::{ADDRESS, Head, KEY, Kind, MAX_PAGES, unexpected};
 use crate::{Breaker, Connection, MigrationError};
 
@@ -36,6 +37,10 @@ impl Incoming {
             let mut body = [0; 1 + KEY];
             connection.receive(&mut body)?;
             let [count, key @ ..] = body;
+            if count >= MAX_CONNECTIONS {
+                let reason = format!("more than {MAX_CONNECTIONS} connections");
+                return Err(MigrationError::Protocol(reason));
+            }
             awaited = Some((usize::from(count), key));
             head = connection.receive_head()?;
         }

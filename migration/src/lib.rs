@@ -45,7 +45,7 @@ mod message;
 mod outgoing;
 
 pub use address::Address;
-pub use connection::{Breaker, Connection};
+pub use connection::{Breaker, Connection, MAX_CONNECTIONS};
 pub use error::MigrationError;
 pub use incoming::Incoming;
 pub use outgoing::{Compression, Counters, HandOver, Outgoing, Zeroes};

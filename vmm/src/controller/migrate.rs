@@ -68,7 +68,7 @@ pub enum AtTimeout {
 
 impl MigrationOptions {
     /// Most connections of a migration.
-    pub const MAX_CONNECTIONS: u8 = 16;
+    pub const MAX_CONNECTIONS: u8 = bantam_migration::MAX_CONNECTIONS;
 }
 
 impl Default for MigrationOptions {
