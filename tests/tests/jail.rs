@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails where the host does")]
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use bantam_tests::{Bantam, Running, require_kvm};
@@ -26,18 +27,35 @@ fn of_process(pid: Pid, file: &str) -> PathBuf {
     Path::new("/proc").join(pid.to_string()).join(file)
 }
 
-/// Returns what the kernel says about each thread of a process: its name, and a line of its status.
+/// Returns what was read of a thread or descriptor, unless it has gone since it was listed.
+fn unless_gone<T>(read: io::Result<T>) -> Option<T> {
+    match read {
+        // The read fails with ESRCH if a thread goes after the file was opened.
+        Err(err)
+            if err.kind() == io::ErrorKind::NotFound || err.raw_os_error() == Some(libc::ESRCH) =>
+        {
+            None
+        }
+        read => Some(read.unwrap()),
+    }
+}
+
+/// Returns what the kernel says about each thread of a process: its name, and a line of its status. A
+/// thread that ends meanwhile is left out.
 fn threads(pid: Pid, key: &str) -> Vec<(String, String)> {
     let tasks = fs::read_dir(of_process(pid, "task")).unwrap();
-    let threads = tasks.map(|task| {
-        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+    let threads = tasks.filter_map(|task| {
+        let status = fs::read_to_string(task.unwrap().path().join("status"));
+        let status = unless_gone(status)?;
         let value = |key: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(key));
             line.unwrap().trim_start_matches(':').trim().to_owned()
         };
-        (value("Name"), value(key))
+        Some((value("Name"), value(key)))
     });
-    threads.collect()
+    let threads: Vec<_> = threads.collect();
+    assert!(!threads.is_empty(), "{pid} has ended");
+    threads
 }
 
 #[test]
@@ -99,13 +117,18 @@ fn no_descriptor_is_passed_on_and_the_environment_is_cleared() {
             .unwrap()
             .parse()
             .unwrap();
-        let info = fs::read_to_string(&descriptor).unwrap();
+        let target = fs::read_link(of_process(pid, &format!("fd/{number}")));
+        let (Some(info), Some(target)) = (
+            unless_gone(fs::read_to_string(&descriptor)),
+            unless_gone(target),
+        ) else {
+            continue;
+        };
         let flags = info
             .lines()
             .find_map(|line| line.strip_prefix("flags:"))
             .unwrap();
         let flags = i32::from_str_radix(flags.trim(), 8).unwrap();
-        let target = fs::read_link(of_process(pid, &format!("fd/{number}"))).unwrap();
         let closes = flags & libc::O_CLOEXEC != 0;
         // The event loop's library makes these for its own thread.
         let is_event = target == Path::new("anon_inode:[eventfd]");
